@@ -1,0 +1,165 @@
+"""The textbook formulas: ranges to scales, numbers to codes, and back.
+
+With signed codes in [min_code, max_code] and `steps` between them:
+
+    symmetric    S = max|x| / (steps / 2),                         Z = 0
+    asymmetric   S = (max(x, 0) - min(x, 0)) / steps,              Z = clamp(round(min_code - min(x, 0) / S))
+    x_q = clamp(round(x / S) + Z),    x ≈ S · (x_q - Z)
+
+A range of zero takes S = 1, so zeros stay zeros. 0.0 is always represented exactly. S is rounded to its storage dtype
+before any code is chosen, so the codes are the best ones for the scale that is kept. (Jacob et al. 2018, "Quantization
+and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"; the full symmetric range, 7.5 steps
+each side at 4 bits, is that of GPTQ and compressed-tensors.)
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.numerics.layout import check_layout, from_canonical, to_canonical
+from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.spec import QuantSpec
+
+
+def choose_qparams(
+    x: jax.Array, spec: QuantSpec, *, contract: Sequence[int] | None = None, out: Sequence[int] | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales and zero points from the extremes of the data.
+
+    Args:
+      x: float, any shape.
+      spec: granularity, bits and symmetry.
+      contract: negative axes that share scales. Default: `(-2,)` (a weight `[..., in, out]`); `(-1,)` for per_token
+        specs and one-dimensional arrays.
+      out: negative output axes. Default: `(-1,)`, or none where `contract` defaults to `(-1,)`. Axes in neither are
+        leading ones, quantized independently.
+
+    Returns:
+      `(scale, zero_point)`, both `[*lead, groups, *out]`; scale in `spec.scale_dtype` or x's dtype, zero_point int8 or
+      None if symmetric.
+
+    Raises:
+      ValueError: the group size does not divide the contracting axes, or the axes are no layout.
+      TypeError: x is not floating.
+    """
+    contract, out = resolve_axes(x, spec, contract, out)
+    return _choose(to_canonical(x, contract, out), spec, len(out))
+
+
+def quantize(
+    x: jax.Array, spec: QuantSpec, *, contract: Sequence[int] | None = None, out: Sequence[int] | None = None
+) -> QTensor:
+    """Rounds an array to codes, with scales from its own extremes. Arguments and errors as `choose_qparams`."""
+    contract, out = resolve_axes(x, spec, contract, out)
+    w = to_canonical(x, contract, out)
+    scale, zero_point = _choose(w, spec, len(out))
+    codes = encode(w, *(expand(a, w.shape, len(out)) for a in (scale, zero_point)), spec)
+    axes = {"contract": contract, "out": out, "in_shape": tuple(x.shape[a] for a in contract)}
+    return QTensor.from_codes(codes, scale, zero_point, spec, dtype=x.dtype, **axes)
+
+
+def dequantize(q: QTensor, dtype=None) -> jax.Array:
+    """The weight that the codes stand for, with its own axes, in `dtype` (default: `q.dtype`).
+
+    The product `(codes - zero_point) · scale` is taken in at least float32 and rounded once, to the result's dtype.
+    """
+    codes, n_out = q.codes, len(q.out)
+    w = decode(codes, *(expand(a, codes.shape, n_out) for a in (q.scale, q.zero_point)))
+    return from_canonical(w, q.contract, q.out, q.in_shape).astype(dtype or q.dtype)
+
+
+def fake_quantize(
+    x: jax.Array, spec: QuantSpec, *, contract: Sequence[int] | None = None, out: Sequence[int] | None = None
+) -> jax.Array:
+    """Quantizes and dequantizes, with a straight-through derivative (Bengio et al. 2013, arXiv:1308.3432).
+
+    Rounding has derivative 1; clamping has derivative 1 up to half a step beyond the codes, so that the largest weight
+    of a range is not cut off from its gradient, and 0 further out. The scale is a differentiable function of x.
+    Arguments and errors as `choose_qparams`; the result has x's shape and dtype.
+    """
+    contract, out = resolve_axes(x, spec, contract, out)
+    w = to_canonical(x, contract, out).astype(_compute_dtype(x.dtype))
+    scale, zero = _range_to_scale(w, spec, len(out), jnp.dtype(spec.scale_dtype or x.dtype))
+    scale, zero = (expand(a, w.shape, len(out)) for a in (scale.astype(w.dtype), lax.stop_gradient(zero)))
+    steps = w / scale + zero
+    inside = (steps >= spec.min_code - 0.5) & (steps <= spec.max_code + 0.5)
+    codes = jnp.clip(jnp.round(lax.stop_gradient(steps)), spec.min_code, spec.max_code)
+    codes = codes + jnp.where(inside, steps - lax.stop_gradient(steps), 0)
+    in_shape = tuple(x.shape[a] for a in contract)
+    return from_canonical((codes - zero) * scale, contract, out, in_shape).astype(x.dtype)
+
+
+def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
+    """clamp(round(x / scale) + zero_point) as int8; the arrays broadcast elementwise."""
+    dtype = _compute_dtype(x.dtype)
+    steps = jnp.round(x.astype(dtype) / scale.astype(dtype))
+    if zero_point is not None:
+        steps += zero_point.astype(dtype)
+    return jnp.clip(steps, spec.min_code, spec.max_code).astype(jnp.int8)  # clipped first: float→int casts truncate
+
+
+def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, dtype=None) -> jax.Array:
+    """(codes - zero_point) · scale in `dtype` (default: at least float32); the arrays broadcast elementwise."""
+    dtype = _compute_dtype(scale.dtype) if dtype is None else dtype
+    steps = codes.astype(dtype)
+    if zero_point is not None:
+        steps -= zero_point.astype(dtype)
+    return steps * scale.astype(dtype)
+
+
+def expand(a: jax.Array | None, shape: tuple[int, ...], n_out: int) -> jax.Array | None:
+    """Repeats scales or zero points `[*lead, groups, *out]` to one per code of `shape` `[*lead, K, *out]`."""
+    if a is None:
+        return None
+    axis = len(shape) - 1 - n_out
+    grouped = (*shape[:axis], a.shape[axis], shape[axis] // a.shape[axis], *shape[axis + 1 :])
+    return jnp.broadcast_to(jnp.expand_dims(a, axis + 1), grouped).reshape(shape)
+
+
+def resolve_axes(x, spec, contract, out) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The layout of `x`, with the defaults of `choose_qparams`; raises where there is none."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"only floating arrays can be quantized, not {x.dtype}{list(x.shape)}")
+    rows = contract is None and (x.ndim == 1 or spec.granularity == "per_token")
+    contract = ((-1,) if rows else (-2,)) if contract is None else tuple(contract)
+    last = () if rows else tuple(a for a in (-2, -1) if a not in contract and -a <= x.ndim)
+    out = last if out is None else tuple(out)
+    check_layout(x.ndim, contract, out)
+    spec.num_groups(math.prod(x.shape[a] for a in contract))
+    return contract, out
+
+
+def _compute_dtype(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _choose(w, spec, n_out):
+    dtype = jnp.dtype(spec.scale_dtype or w.dtype)
+    scale, zero = _range_to_scale(w.astype(_compute_dtype(w.dtype)), spec, n_out, dtype)
+    return scale, None if spec.symmetric else zero.astype(jnp.int8)
+
+
+def _range_to_scale(w, spec, n_out, scale_dtype):
+    """Scale (rounded to its storage dtype) and float zero point of canonical `w`, both `[*lead, groups, *out]`."""
+    low, high = _extremes(w, spec, n_out)
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    scale = 2 * jnp.maximum(-low, high) / spec.steps if spec.symmetric else (high - low) / spec.steps
+    scale = scale.astype(scale_dtype)
+    scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))  # after rounding: a tiny range may underflow to zero
+    if spec.symmetric:
+        return scale, jnp.zeros(scale.shape, w.dtype)
+    zero = jnp.round(spec.min_code - low / scale.astype(w.dtype))
+    return scale, jnp.clip(zero, spec.min_code, spec.max_code)
+
+
+def _extremes(w, spec, n_out):
+    axis = w.ndim - 1 - n_out
+    if spec.granularity == "per_tensor":
+        axes = tuple(range(axis, w.ndim))
+        return jnp.min(w, axes, keepdims=True), jnp.max(w, axes, keepdims=True)
+    groups = spec.num_groups(w.shape[axis])
+    w = w.reshape(*w.shape[:axis], groups, w.shape[axis] // groups, *w.shape[axis + 1 :])
+    return jnp.min(w, axis + 1), jnp.max(w, axis + 1)

@@ -1,0 +1,150 @@
+"""The quantized tensor: a pytree, so `jit`, `vmap`, `scan`, Orbax and optax already know it."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.numerics import layout
+from jaxquant.numerics.packing import pack_bits, packed_size, unpack_bits
+from jaxquant.numerics.spec import QuantSpec
+
+PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale", "zero_point"],
+    meta_fields=["spec", "dtype", "contract", "out", "in_shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """Integer codes with their scales: `x ≈ (codes - zero_point) · scale`.
+
+    Every array is kept in the canonical layout `[*lead, ·, *out]` (see `numerics.layout`), whatever the axes of the
+    weight it stands for. Leading (layer, expert) axes are ordinary leading axes of every array, so a QTensor can be
+    sliced, stacked, scanned, vmapped and sharded along them. With K the product of the contracting axes and G the
+    number of groups along them (1 per channel, per token and per tensor):
+
+    Attributes:
+      values: the codes. 5 to 8 bits: int8 `[*lead, K, *out]`. 2 to 4 bits: uint8 `[*lead, packed_size(K), *out]`, the
+        codes minus the smallest code of the width, as a dense bitstream along K (bits/8 bytes per code).
+      scale: float `[*lead, G, *out]`; with per_tensor granularity, 1 along every `out` axis.
+      zero_point: int8, the code of 0.0, shaped as `scale`; None if the spec is symmetric.
+      spec: the QuantSpec that the codes obey.
+      dtype: name of the dtype of the weight it stands for, which `dequantize` returns.
+      contract: negative axes of the weight that a product sums over, ascending.
+      out: negative axes of the weight's outputs, ascending; any other axis is a leading one.
+      in_shape: sizes of the contracting axes (the packed stream does not tell them).
+
+    These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations
+    the leaves may be tracers, specs or None.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    spec: QuantSpec
+    dtype: str
+    contract: tuple[int, ...]
+    out: tuple[int, ...]
+    in_shape: tuple[int, ...]
+
+    @classmethod
+    def from_codes(
+        cls, codes, scale, zero_point, spec, *, dtype, contract=(-2,), out=(-1,), in_shape=None
+    ) -> "QTensor":
+        """Packs signed int8 codes `[*lead, K, *out]`; the other arguments are the attributes above."""
+        axis = codes.ndim - 1 - len(out)
+        in_shape = (codes.shape[axis],) if in_shape is None else tuple(in_shape)
+        if spec.bits <= PACKED_BITS:
+            codes = pack_bits(codes + jnp.int8(2 ** (spec.bits - 1)), spec.bits, axis)
+        name = jnp.dtype(dtype).name
+        return cls(codes, scale, zero_point, spec, name, tuple(contract), tuple(out), in_shape)
+
+    @property
+    def codes(self) -> jax.Array:
+        """Signed codes, int8 `[*lead, K, *out]`."""
+        if self.spec.bits > PACKED_BITS:
+            return self.values
+        u = unpack_bits(self.values, self.spec.bits, math.prod(self.in_shape), self._axis)
+        return u.astype(jnp.int8) - jnp.int8(2 ** (self.spec.bits - 1))
+
+    @property
+    def unsigned_codes(self) -> jax.Array:
+        """The textbook's codes in [0, 2^bits), uint8 `[*lead, K, *out]`."""
+        return _unsigned(self.codes, self.spec)
+
+    @property
+    def unsigned_zero_point(self) -> jax.Array:
+        """The textbook's zero point in [0, 2^bits), uint8, shaped as `scale`; 2^(bits-1) where symmetric."""
+        zero = jnp.zeros(self.scale.shape, jnp.int8) if self.zero_point is None else self.zero_point
+        return _unsigned(zero, self.spec)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight it stands for."""
+        out_shape = self.values.shape[self._axis + 1 :]
+        return layout.logical_shape(self.values.shape[: self._axis], self.in_shape, out_shape, self.contract, self.out)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the weight it stands for."""
+        return self._axis + len(self.in_shape) + len(self.out)
+
+    @property
+    def size(self) -> int:
+        """Entries of the weight it stands for."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays really take in memory, scales and zero points included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in memory per weight, scales and zero points included."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def _axis(self) -> int:  # of K in every array, which is also the number of leading axes
+        return self.values.ndim - 1 - len(self.out)
+
+    def validate(self) -> None:
+        """Checks the invariants above.
+
+        Raises:
+          ValueError: one does not hold; the message names it.
+        """
+        layout.check_layout(self.ndim, self.contract, self.out)
+        size, bits = math.prod(self.in_shape), self.spec.bits
+        packed = bits <= PACKED_BITS
+        rows = packed_size(size, bits) if packed else size
+        _expect("values", self.values, jnp.uint8 if packed else jnp.int8, self.values.shape[self._axis] == rows)
+        lead, out = self.values.shape[: self._axis], self.values.shape[self._axis + 1 :]
+        out = (1,) * len(out) if self.spec.granularity == "per_tensor" else out
+        shape = (*lead, self.spec.num_groups(size), *out)
+        _expect("scale", self.scale, self.scale.dtype, self.scale.shape == shape)
+        if not jnp.issubdtype(self.scale.dtype, jnp.floating):
+            raise ValueError(f"scale has dtype {self.scale.dtype}, which is not a float")
+        if (self.zero_point is None) != self.spec.symmetric:
+            raise ValueError(f"symmetric={self.spec.symmetric}, but zero_point is {self.zero_point}")
+        if self.zero_point is not None:
+            _expect("zero_point", self.zero_point, jnp.int8, self.zero_point.shape == shape)
+
+
+def _unsigned(codes, spec):  # codes - the smallest code of the width; int8 arithmetic would overflow at 8 bits
+    return (codes.astype(jnp.int16) + jnp.int16(2 ** (spec.bits - 1))).astype(jnp.uint8)
+
+
+def _expect(name, array, dtype, right_shape):
+    if array.dtype != dtype or not right_shape:
+        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, which contradicts the rest of the QTensor")
+
+
+def is_qtensor(leaf) -> bool:
+    """True for a QTensor: the `is_leaf` of tree functions that treat one as a single leaf."""
+    return isinstance(leaf, QTensor)

@@ -1,0 +1,96 @@
+"""What a quantized tensor looks like: bits, symmetry, and which entries share a scale."""
+
+import dataclasses
+from typing import Literal, get_args
+
+Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """How numbers become integer codes. Frozen and hashable: safe as a static argument of `jax.jit`.
+
+    Attributes:
+      bits: width of a code, 2 to 8.
+      group_size: entries along the contracting axis that share a scale; None shares one scale along the whole axis.
+      symmetric: codes are centred on zero and there is no zero point; otherwise the range is [min, max] of the data,
+        widened to include 0.
+      granularity: which entries share a scale. Left out, it is `per_group` where a `group_size` is given and
+        `per_channel` otherwise. `per_token` is for activations `[..., features]`: one scale per row.
+      narrow_range: leave out the most negative code, so that int8 is -127..127 with scale absmax/127.
+      scale_dtype: storage dtype of the scale, by name; None is the dtype of the quantized array.
+
+    Raises:
+      ValueError: a field is outside its range, or `group_size` and `granularity` contradict each other.
+    """
+
+    bits: int = 8
+    group_size: int | None = None
+    symmetric: bool = True
+    granularity: Granularity | None = None
+    narrow_range: bool = False
+    scale_dtype: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits!r} is not supported; choose a whole number from 2 to 8")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ValueError(f"group_size={self.group_size!r} must be a positive whole number, or None for per-channel")
+        derived: Granularity = "per_channel" if self.group_size is None else "per_group"
+        granularity = self.granularity or derived
+        if granularity not in get_args(Granularity):
+            raise ValueError(f"granularity={granularity!r} is not one of {', '.join(get_args(Granularity))}")
+        if (granularity == "per_group") != (self.group_size is not None):
+            raise ValueError(
+                f"granularity={granularity!r} with group_size={self.group_size!r}: "
+                "per_group needs a group_size, and every other granularity takes group_size=None"
+            )
+        if self.scale_dtype not in (None, "bfloat16", "float16", "float32", "float64"):
+            raise ValueError(f"scale_dtype={self.scale_dtype!r} is not one of bfloat16, float16, float32, float64")
+        object.__setattr__(self, "granularity", granularity)
+
+    @property
+    def min_code(self) -> int:
+        """The smallest signed code."""
+        return -(2 ** (self.bits - 1)) + int(self.narrow_range)
+
+    @property
+    def max_code(self) -> int:
+        """The largest signed code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def steps(self) -> int:
+        """Steps between the smallest and the largest code: 2^bits - 1, one less in the narrow range."""
+        return self.max_code - self.min_code
+
+    def num_groups(self, size: int) -> int:
+        """Scales along a contracting axis of `size` entries.
+
+        Raises:
+          ValueError: the group size does not divide the axis; the message lists sizes that do.
+        """
+        if self.group_size is None:
+            return 1
+        if size % self.group_size:
+            fits = [g for g in (16, 32, 64, 96, 128, 192, 256, 512, size) if size % g == 0]
+            raise ValueError(
+                f"group_size={self.group_size} does not divide the contracting dimension {size}; "
+                f"choose one of {', '.join(map(str, sorted(set(fits))))}, or group_size=None for per-channel"
+            )
+        return size // self.group_size
+
+
+def int8(**fields) -> QuantSpec:
+    """`QuantSpec(bits=8, **fields)`."""
+    return QuantSpec(bits=8, **fields)
+
+
+def int4(**fields) -> QuantSpec:
+    """`QuantSpec(bits=4, **fields)`."""
+    return QuantSpec(bits=4, **fields)
+
+
+def int3(**fields) -> QuantSpec:
+    """`QuantSpec(bits=3, **fields)`."""
+    return QuantSpec(bits=3, **fields)

@@ -1,0 +1,145 @@
+"""What calibration knows of one product's input: enough for every method.
+
+`Moments` is the running form, made of sums, maxima and a sample, so that batches, loop iterations and devices can be
+merged in any order. `InputStatistics` is the finished form that methods read.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+HELD_OUT_EVERY = 16  # one token in this many is held out of the sums
+SAMPLE_ROWS = 128  # held-out rows that are kept, those of smallest hash
+EMPTY = np.uint32(0xFFFFFFFF)  # the rank of a row of the sample that is not filled
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["gram", "abs_sum", "absmax", "count", "dropped", "rows", "rank"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums over the input rows x of a product; `[*lead]` are its layer and expert axes.
+
+    Attributes:
+      gram: sum of xᵀx, float `[*lead, K, K]`.
+      abs_sum: sum of |x|, `[*lead, K]`.
+      absmax: largest |x|, `[*lead, K]`.
+      count: rows in the sums, `[*lead]`.
+      dropped: rows left out because they were not finite, `[*lead]`.
+      rows: a sample of held-out rows, `[*lead, SAMPLE_ROWS, K]`, zero where not filled.
+      rank: their hashes, uint32 `[*lead, SAMPLE_ROWS]`, ascending; EMPTY where not filled.
+    """
+
+    gram: jax.Array
+    abs_sum: jax.Array
+    absmax: jax.Array
+    count: jax.Array
+    dropped: jax.Array
+    rows: jax.Array
+    rank: jax.Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["gram", "absmax", "mean_abs", "count", "dropped", "held_out"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class InputStatistics:
+    """Statistics of the input of one product, K channels wide; leading axes stack layers or experts.
+
+    Attributes:
+      gram: mean of xᵀx over tokens, float `[*lead, K, K]` (zero where no token was seen). Its dtype is the one that
+        methods compute in.
+      absmax: largest |x| per channel, `[*lead, K]`.
+      mean_abs: mean |x| per channel, `[*lead, K]`.
+      count: tokens in the means, `[*lead]`.
+      dropped: tokens left out because an entry was not finite, `[*lead]`.
+      held_out: input rows that are in none of the means, `[*lead, R, K]`, zero rows where there were fewer.
+    """
+
+    gram: jax.Array
+    absmax: jax.Array
+    mean_abs: jax.Array
+    count: jax.Array
+    dropped: jax.Array
+    held_out: jax.Array
+
+
+def token_hash(position: jax.Array) -> jax.Array:
+    """A well-mixed uint32 of each token's position in the calibration stream (the finalizer of MurmurHash3)."""
+    h = position.astype(jnp.uint32) ^ jnp.uint32(0x9E3779B9)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def observe(x: jax.Array, position: jax.Array, real: jax.Array | None = None) -> Moments:
+    """Moments of the rows of `x`.
+
+    Args:
+      x: float `[T, K]`.
+      position: integer `[T]`, each row's position in the calibration stream; decides which rows are held out.
+      real: bool `[T]`, False for padding; None if every row is a token.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    finite = jnp.all(jnp.isfinite(x), -1)
+    real = jnp.ones_like(finite) if real is None else real
+    rank = token_hash(position)
+    held = rank % HELD_OUT_EVERY == 0
+    used = finite & real & ~held
+    kept = jnp.where(used[:, None], x, 0)
+    count = jnp.sum(used, dtype=x.dtype)
+    dropped = jnp.sum(real & ~finite, dtype=x.dtype)
+    gram = jnp.matmul(kept.T, kept, precision=lax.Precision.HIGHEST)
+    size = jnp.abs(kept)
+    sample = finite & real & held
+    rows, rank = _smallest(jnp.where(sample[:, None], x, 0), jnp.where(sample, rank, EMPTY))
+    return Moments(gram, jnp.sum(size, 0), jnp.max(size, 0, initial=0), count, dropped, rows, rank)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the rows of both."""
+    rows, rank = _smallest(jnp.concatenate([a.rows, b.rows], -2), jnp.concatenate([a.rank, b.rank], -1))
+    return Moments(
+        a.gram + b.gram,
+        a.abs_sum + b.abs_sum,
+        jnp.maximum(a.absmax, b.absmax),
+        a.count + b.count,
+        a.dropped + b.dropped,
+        rows,
+        rank,
+    )
+
+
+def empty_like(moments) -> Moments:
+    """Moments of no rows, with the shapes and dtypes of `moments` (arrays or ShapeDtypeStructs)."""
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), moments)
+    return dataclasses.replace(zeros, rank=jnp.full(moments.rank.shape, EMPTY))
+
+
+def finish(moments: Moments) -> InputStatistics:
+    """Divides the sums by their counts."""
+    count = jnp.maximum(moments.count, 1)
+    return InputStatistics(
+        gram=moments.gram / count[..., None, None],
+        absmax=moments.absmax,
+        mean_abs=moments.abs_sum / count[..., None],
+        count=moments.count,
+        dropped=moments.dropped,
+        held_out=moments.rows,
+    )
+
+
+def _smallest(rows, rank):  # the SAMPLE_ROWS rows of smallest hash
+    pad = max(SAMPLE_ROWS - rank.shape[-1], 0)
+    rank = jnp.pad(rank, [(0, 0)] * (rank.ndim - 1) + [(0, pad)], constant_values=EMPTY)
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, pad), (0, 0)])
+    order = jnp.argsort(rank, axis=-1)[..., :SAMPLE_ROWS]
+    return jnp.take_along_axis(rows, order[..., None], -2), jnp.take_along_axis(rank, order, -1)
