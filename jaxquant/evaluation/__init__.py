@@ -1,0 +1,1 @@
+"""Measures any logits function; knows no model."""

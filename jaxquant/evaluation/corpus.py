@@ -10,21 +10,21 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-_NOT_LIBRARY = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
-_TESTS = {"test", "tests", "idle_test"}
-# Code pages: a hundred generated tables that are near copies of one another, on both sides of any split.
-_TABLES = {"encodings"}
-# Files of the build that hold the machine's own paths.
-_OF_THE_BUILD = ("config-", "_sysconfigdata")
+_LEFT_OUT = {
+    *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),  # not the standard library's text
+    *("test", "tests", "idle_test"),  # left out by some distributions, so measurements would differ
+    "encodings",  # a hundred generated tables, near copies of one another on both sides of any split
+}
+# Files of one build, which hold the paths of the machine that built it.
+_OF_ONE_BUILD = ("config-", "_sysconfigdata")
 _HELD_OUT_PERCENT = 10
 
 
 def standard_library_text(split: str) -> list[str]:
     """Returns the texts of the standard library's `.py` files in one split, one string per file, in order of path.
 
-    `split` is "train" or "held_out" (about 10% of the files). The held-out split has no test directories, which some
-    distributions leave out; the training split keeps those that are there. Files that are not UTF-8 are skipped.
-    Raises ValueError for another split.
+    `split` is "train" or "held_out" (about 10% of the files). Tests, generated tables and files that are not UTF-8 are
+    left out. Raises ValueError for another split.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split={split!r}: the splits are 'train' and 'held_out'")
@@ -35,18 +35,16 @@ def standard_library_text(split: str) -> list[str]:
 
 def _source_files(root: Path) -> Iterator[PurePosixPath]:
     paths = sorted(PurePosixPath(file.relative_to(root).as_posix()) for file in root.rglob("*.py"))
-    return (path for path in paths if not _is_excluded(path))
+    return (path for path in paths if not _is_left_out(path))
 
 
-def _is_excluded(path: PurePosixPath) -> bool:
-    return bool((_NOT_LIBRARY | _TABLES).intersection(path.parts)) or path.parts[0].startswith(_OF_THE_BUILD)
+def _is_left_out(path: PurePosixPath) -> bool:
+    return not _LEFT_OUT.isdisjoint(path.parts) or path.parts[0].startswith(_OF_ONE_BUILD)
 
 
-def _split_of(path: PurePosixPath) -> str | None:
+def _split_of(path: PurePosixPath) -> str:
     number = int.from_bytes(hashlib.sha256(str(path).encode()).digest()[:8], "big")
-    if number % 100 >= _HELD_OUT_PERCENT:
-        return "train"
-    return None if _TESTS.intersection(path.parts) else "held_out"
+    return "held_out" if number % 100 < _HELD_OUT_PERCENT else "train"
 
 
 def _read(file: Path) -> str:

@@ -1,0 +1,1 @@
+"""Reference decoders in Flax, and how a checkpoint's tensors become their parameters."""

@@ -1,16 +1,27 @@
-"""What a decoder computes, as one frozen value."""
+"""What a decoder computes, as one frozen value, and how it is read from a Hugging Face config.json.
+
+A key that is neither understood nor known to be harmless is an error: a model that is almost the right one would be
+measured, quantized and written without anybody noticing.
+"""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from jaxquant.models.rope import RopeScaling
+from jaxquant.models.family import Family
+from jaxquant.models.llama import LLAMA
+from jaxquant.models.rope import LinearScaling, Llama3Scaling, RopeScaling
+
+FAMILIES = {family.architecture: family for family in (LLAMA,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shapes and constants of a decoder; hashable, so it can be a static argument and a cache key.
 
-    Raises ValueError when the numbers do not fit together: `num_kv_heads` must divide `num_heads` and `head_dim` must
-    be even (its halves are rotated against each other).
+    `architecture` names the family, which says what its tensors are called. Raises ValueError when the numbers do not
+    fit together: `num_kv_heads` must divide `num_heads`, and `head_dim` be even (its halves are rotated against each
+    other).
     """
 
     vocab_size: int
@@ -21,13 +32,105 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_embeddings: bool = False
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_embeddings: bool
+    architecture: str
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd: rotary embedding rotates its halves")
+            raise ValueError(f"head_dim={self.head_dim} is odd, but rotary embedding needs two equal halves")
+
+
+# Hugging Face's keys that hold a field's value, with the default that transformers has for them.
+_REQUIRED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+_OPTIONAL = {
+    "max_position_embeddings": ("max_position_embeddings", 2048),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "tie_word_embeddings": ("tie_embeddings", False),
+}
+_DERIVED = {"num_key_value_heads", "head_dim"}
+_ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+_DEFAULT_THETA = 10000.0
+
+
+def from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
+    """Returns the decoder that a Hugging Face config.json (as a dict) describes.
+
+    Reads `LlamaForCausalLM`, with the rotary embedding in the words of transformers 4 (`rope_theta`, `rope_scaling`)
+    or 5 (`rope_parameters`). Raises ValueError for another architecture, for a missing key, and for any key whose
+    value this decoder does not compute or whose meaning it does not know.
+    """
+    family = _family(hf_config)
+    _refuse_unsupported(hf_config, family)
+    fields = {field: hf_config[key] for key, field in _REQUIRED.items()}
+    fields |= {field: hf_config.get(key, default) for key, (field, default) in _OPTIONAL.items()}
+    heads = fields["num_heads"]
+    theta, scaling = _rope(hf_config)
+    return DecoderConfig(
+        **fields,
+        num_kv_heads=_unless_null(hf_config.get("num_key_value_heads"), heads),
+        head_dim=_unless_null(hf_config.get("head_dim"), fields["hidden_size"] // heads),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        architecture=family.architecture,
+    )
+
+
+def _unless_null(value, default):
+    return default if value is None else value
+
+
+def _family(hf_config: Mapping[str, Any]) -> Family:
+    architectures = hf_config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
+        raise ValueError(f"config.json: architectures={architectures!r} is not supported; supported: {[*FAMILIES]}")
+    return FAMILIES[architectures[0]]
+
+
+def _refuse_unsupported(hf_config: Mapping[str, Any], family: Family) -> None:
+    missing = sorted(_REQUIRED.keys() - hf_config.keys())
+    if missing:
+        raise ValueError(f"config.json: {missing} missing; {family.architecture} needs {sorted(_REQUIRED)}")
+    known = _REQUIRED.keys() | _OPTIONAL.keys() | _DERIVED | _ROPE | family.harmless
+    for key, value in hf_config.items():
+        if key in family.fixed:
+            if value != family.fixed[key]:
+                raise ValueError(
+                    f"config.json: {key}={value!r} is not supported; {family.architecture} is computed with "
+                    f"{key}={family.fixed[key]!r} only"
+                )
+        elif key not in known:
+            raise ValueError(
+                f"config.json: {key}={value!r} is unknown for {family.architecture} and might change what the model "
+                f"computes; understood: {sorted(known | family.fixed.keys())}"
+            )
+
+
+def _rope(hf_config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
+    key = "rope_parameters" if hf_config.get("rope_parameters") else "rope_scaling"
+    settings = dict(hf_config.get(key) or {})
+    theta = settings.pop("rope_theta", hf_config.get("rope_theta", _DEFAULT_THETA))
+    kind = settings.pop("rope_type", settings.pop("type", "default"))
+    if kind not in _SCALINGS:
+        raise ValueError(f"config.json: {key} has rope_type={kind!r}; supported: {[*_SCALINGS]}")
+    scaling = _SCALINGS[kind]
+    needed = set() if scaling is None else {field.name for field in dataclasses.fields(scaling)}
+    if settings.keys() != needed:
+        raise ValueError(
+            f"config.json: {key} with rope_type={kind!r} has the keys {sorted(settings)}; supported: {sorted(needed)}"
+        )
+    return float(theta), None if scaling is None else scaling(**settings)
+
+
+_SCALINGS = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}

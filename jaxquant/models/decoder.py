@@ -133,7 +133,5 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             logits = embed.attend(x)
         else:
-            logits = nn.Dense(
-                config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="lm_head"
-            )(x)
+            logits = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="lm_head")(x)
         return logits.astype(jnp.float32)

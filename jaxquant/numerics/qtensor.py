@@ -25,7 +25,7 @@ class QTensor:
 
     Every array is kept in the canonical layout `[*lead, ·, *out]` (see `numerics.layout`), whatever the axes of the
     weight it stands for. Leading (layer, expert) axes are ordinary leading axes of every array, so a QTensor can be
-    sliced, stacked, scanned, vmapped and sharded along them. With K the product of the contracting axes and G the
+    stacked, scanned, vmapped and sharded along them, and sliced where they also come first in the weight. With K the product of the contracting axes and G the
     number of groups along them (1 per channel, per token and per tensor):
 
     Attributes:
@@ -36,7 +36,7 @@ class QTensor:
       spec: the QuantSpec that the codes obey.
       dtype: name of the dtype of the weight it stands for, which `dequantize` returns.
       contract: negative axes of the weight that a product sums over, ascending.
-      out: negative axes of the weight's outputs, ascending; any other axis is a leading one.
+      out: negative axes of the weight's outputs, ascending; every other axis is a leading one.
       in_shape: sizes of the contracting axes (the packed stream does not tell them).
 
     These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations

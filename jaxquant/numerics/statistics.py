@@ -100,13 +100,42 @@ def observe(x: jax.Array, position: jax.Array, real: jax.Array | None = None) ->
     gram = jnp.matmul(kept.T, kept, precision=lax.Precision.HIGHEST)
     size = jnp.abs(kept)
     sample = finite & real & held
-    rows, rank = _smallest(jnp.where(sample[:, None], x, 0), jnp.where(sample, rank, EMPTY))
+    rows, rank = smallest(jnp.where(sample[:, None], x, 0), jnp.where(sample, rank, EMPTY))
     return Moments(gram, jnp.sum(size, 0), jnp.max(size, 0, initial=0), count, dropped, rows, rank)
+
+
+def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Moments:
+    """Moments of the rows of each group, `[E, ...]`.
+
+    Args:
+      x: float `[T, K]`, rows in the order of their groups.
+      position: integer `[T]`, as for `observe`.
+      groups: integer `[E]`, rows in each group; rows beyond their sum belong to none.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    end = jnp.cumsum(groups)
+    row = jnp.arange(x.shape[0])
+    member = (row < end[:, None]) & (row >= (end - groups)[:, None])  # [E, T]
+    finite = jnp.all(jnp.isfinite(x), -1)
+    rank = token_hash(position)
+    held = rank % HELD_OUT_EVERY == 0
+    kept = jnp.where((finite & ~held)[:, None], x, 0)
+    dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    gram = lax.ragged_dot_general(kept, kept, groups, dims, precision=lax.Precision.HIGHEST)
+    share = member.astype(x.dtype)
+    abs_sum = jnp.matmul(share, jnp.abs(kept), precision=lax.Precision.HIGHEST)
+    absmax = lax.map(lambda m: jnp.max(jnp.where(m[:, None], jnp.abs(kept), 0), 0, initial=0), member)
+    count = jnp.sum(member & finite & ~held, -1, dtype=x.dtype)
+    dropped = jnp.sum(member & ~finite, -1, dtype=x.dtype)
+    order = jnp.where(member & finite & held, rank, EMPTY)
+    rows = jnp.where(finite[:, None], x, 0)
+    rows, rank = lax.map(lambda r: smallest(jnp.where((r != EMPTY)[:, None], rows, 0), r), order)
+    return Moments(gram, abs_sum, absmax, count, dropped, rows, rank)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the rows of both."""
-    rows, rank = _smallest(jnp.concatenate([a.rows, b.rows], -2), jnp.concatenate([a.rank, b.rank], -1))
+    rows, rank = smallest(jnp.concatenate([a.rows, b.rows], -2), jnp.concatenate([a.rank, b.rank], -1))
     return Moments(
         a.gram + b.gram,
         a.abs_sum + b.abs_sum,
@@ -137,7 +166,8 @@ def finish(moments: Moments) -> InputStatistics:
     )
 
 
-def _smallest(rows, rank):  # the SAMPLE_ROWS rows of smallest hash
+def smallest(rows: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The SAMPLE_ROWS rows of smallest rank, of rows `[*lead, R, K]` with ranks `[*lead, R]`."""
     pad = max(SAMPLE_ROWS - rank.shape[-1], 0)
     rank = jnp.pad(rank, [(0, 0)] * (rank.ndim - 1) + [(0, pad)], constant_values=EMPTY)
     rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, pad), (0, 0)])

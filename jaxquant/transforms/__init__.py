@@ -1,0 +1,1 @@
+"""Functions and parameter trees: calibrate, quantize, run quantized."""

@@ -1,0 +1,1 @@
+"""Follows chosen weights through any JAX function, to the products that consume them."""

@@ -1,0 +1,142 @@
+"""Output directories that appear whole or not at all.
+
+A checkpoint is written into a hidden sibling of its final name, flushed to disk and renamed into place. A run that is
+killed leaves nothing under the final name, or the old checkpoint; what it leaves beside it (`.NAME.partial-…`) is
+removed by the next run that writes the same name. A lock on such a sibling, which dies with its process, tells a killed
+run from one that is still writing.
+"""
+
+import contextlib
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+CHECKPOINT_FILES = ("config.json", "jaxquant.json")  # a directory with one of these is a checkpoint
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty directory that becomes `path` when the block ends, and is removed when it raises.
+
+    Args:
+      path: the final name. Its parent must exist; it may itself exist as an empty directory.
+      overwrite: replaces an existing checkpoint, all of it, once the new one is complete.
+
+    Raises:
+      FileExistsError: `path` is a file or a symbolic link, or is not empty and must not be overwritten: because
+        `overwrite` is not given, or because it holds something else than a checkpoint.
+      FileNotFoundError: the parent does not exist.
+      OSError: the parent cannot be written to.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(path)))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
+    _recover(target)
+    _check_replaceable(target, overwrite)
+    partial = _sibling(target, "partial")
+    try:
+        os.mkdir(partial)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write into {target.parent}: {error.strerror}") from error
+    try:
+        with _locked(partial):
+            yield partial
+            _flush(partial)
+            _install(partial, target, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone if it was installed
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if target.is_symlink():
+        raise FileExistsError(f"{target} is a symbolic link; give the directory itself")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; give a directory")
+    if _is_vacant(target):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists and is not empty; pass overwrite=True (--overwrite) to replace it")
+    if not any((target / name).is_file() for name in CHECKPOINT_FILES):  # a slip of the pen may name a home directory
+        raise FileExistsError(
+            f"{target} is not empty and holds no checkpoint ({' or '.join(CHECKPOINT_FILES)}), "
+            "and only checkpoints are overwritten; remove it yourself or give another directory"
+        )
+
+
+def _is_vacant(target: Path) -> bool:
+    return not target.exists() or not any(target.iterdir())
+
+
+def _install(partial: Path, target: Path, overwrite: bool) -> None:
+    _check_replaceable(target, overwrite)  # again: it may have changed while the new one was written
+    if _is_vacant(target):
+        os.rename(partial, target)
+        _sync(target.parent)
+        return
+    with _locked(target):
+        old = _sibling(target, "replaced")
+        os.rename(target, old)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+    _sync(target.parent)  # before the old one goes
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Clears up after killed runs: one that died between two renames gets its old directory back."""
+    for old in _siblings(target, "replaced"):
+        with _locked(old) as dead:
+            if dead and not target.exists():
+                os.rename(old, target)
+            elif dead:
+                shutil.rmtree(old)
+    for partial in _siblings(target, "partial"):
+        with _locked(partial) as dead:
+            if dead:
+                shutil.rmtree(partial)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{secrets.token_hex(4)}"
+
+
+def _siblings(target: Path, kind: str) -> list[Path]:
+    found = target.parent.glob(f".{glob.escape(target.name)}.{kind}-" + "[0-9a-f]" * 8)
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Holds the lock of a directory, which a rename does not end; yields whether it was to be had."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process writes here, or the file system has no locks: then nothing is ever removed
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _flush(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,228 @@
+"""The native format `jaxquant`: any parameter tree, bit for bit.
+
+A directory with the arrays in safetensors files, each under its path ("layers/mlp/up_proj/kernel/values"), and
+`jaxquant.json`, which says how they make up the tree:
+
+    {"format": "jaxquant", "version": 1, "tree": NODE}
+
+    NODE  null                                                       None
+          {"dict": [[key, NODE], ...]}                               keys are all strings or all integers
+          {"list": [NODE, ...]}, {"tuple": [NODE, ...]}
+          {"array": name, "dtype": dtype, "shape": [...]}            a tensor of the files
+          {"qtensor": {"spec": {...}, "dtype": ..., ..., "values": NODE, "scale": NODE, "zero_point": NODE}}
+
+In names, "/" inside a key is written "%2F" and "%" is written "%25". Eight-bit dtypes that safetensors' NumPy reader
+does not know (float8) are stored as uint8.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.checkpoints.directory import new_directory
+from jaxquant.checkpoints.json_file import read_json, write_json
+from jaxquant.checkpoints.tensors import STORABLE, Tensors, write_tensors
+from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.spec import QuantSpec
+
+HEADER = "jaxquant.json"
+VERSION = 1
+_AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
+_OPTIONAL = ("zero_point",)
+_ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype"))
+
+
+def save_tree(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None:
+    """Writes a parameter tree into a new directory.
+
+    Args:
+      path: the directory; it appears whole or not at all.
+      tree: nested dicts (all keys of one dict strings, or all integers), lists, tuples and None, with arrays and
+        QTensors as leaves.
+      overwrite: replaces an existing checkpoint.
+
+    Raises:
+      TypeError: the tree holds something else; the message names its path.
+      ValueError: a QTensor is invalid, or an array has a dtype that cannot be stored.
+      OSError: the directory cannot be written, exists (FileExistsError), or reads back differently.
+    """
+    with new_directory(path, overwrite=overwrite) as directory:
+        write_tree(directory, tree)
+
+
+def load_tree(path: str | os.PathLike) -> Any:
+    """Reads a parameter tree that `save_tree` wrote; its arrays are JAX arrays.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, the header does not fit the arrays, or a 64-bit array meets a JAX without
+        `jax_enable_x64`.
+    """
+    return read_tree(Path(os.path.expanduser(path)))
+
+
+def write_tree(directory: Path, tree: Any) -> None:
+    """Writes the tree into an existing directory. Arguments and errors as `save_tree`."""
+    tensors: dict[str, Any] = {}
+    node = _describe(tree, (), tensors)
+    write_tensors(directory, tensors)
+    write_json(directory / HEADER, {"format": "jaxquant", "version": VERSION, "tree": node})
+
+
+def read_tree(directory: Path) -> Any:
+    """Reads the tree of a directory. Errors as `load_tree`."""
+    file = directory / HEADER
+    header = read_json(file)
+    if header.get("format") != "jaxquant" or "tree" not in header:
+        raise ValueError(f"{file} is no header of a jaxquant checkpoint")
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{file}: version {header.get('version')!r} is not known, only {VERSION}; a newer jaxquant may read it"
+        )
+    reader = _Reader(Tensors(directory))
+    try:
+        tree = reader.build(header["tree"], ())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    left_over = sorted(set(reader.tensors) - reader.used)
+    if left_over:
+        raise ValueError(f"{file} does not mention the tensor {left_over[0]}, which the files hold")
+    return tree
+
+
+def _describe(tree: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> Any:
+    """The node of a tree; puts its arrays into `tensors` under their names."""
+    if tree is None:
+        return None
+    if type(tree) is dict:
+        return {"dict": [[key, _describe(tree[key], (*path, str(key)), tensors)] for key in _keys(tree, path)]}
+    if type(tree) in (list, tuple):
+        children = [_describe(child, (*path, str(i)), tensors) for i, child in enumerate(tree)]
+        return {type(tree).__name__: children}
+    if isinstance(tree, QTensor):
+        return {"qtensor": _describe_qtensor(tree, path, tensors)}
+    if isinstance(tree, jax.Array | np.ndarray):
+        return _describe_array(tree, path, tensors)
+    raise TypeError(
+        f"{_shown(path)} is a {type(tree).__name__}; only dicts, lists, tuples and None with arrays and QTensors as "
+        "leaves are saved"
+    )
+
+
+def _keys(tree: dict, path: tuple[str, ...]) -> list:
+    if {type(key) for key in tree} not in ({str}, {int}, set()):  # JAX cannot order others either
+        raise TypeError(f"{_shown(path)} has keys {list(tree)[:4]}; use all strings or all integers")
+    return list(tree)
+
+
+def _describe_qtensor(q: QTensor, path: tuple[str, ...], tensors: dict[str, Any]) -> dict[str, Any]:
+    try:
+        q.validate()
+    except ValueError as error:
+        raise ValueError(f"{_shown(path)}: {error}") from error
+    static = {"spec": dataclasses.asdict(q.spec), "dtype": q.dtype, **{name: list(getattr(q, name)) for name in _AXES}}
+    return static | {name: _describe(getattr(q, name), (*path, name), tensors) for name in _ARRAYS}
+
+
+def _describe_array(array: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> dict[str, Any]:
+    name = "/".join(key.replace("%", "%25").replace("/", "%2F") for key in path)
+    name = name.replace("__metadata__", "%5F_metadata__") if path == ("__metadata__",) else name  # safetensors' own
+    node = {"array": name, "dtype": array.dtype.name, "shape": list(array.shape)}
+    if array.dtype.name not in STORABLE and _is_raw(array.dtype):
+        array = np.asarray(array, order="C").view(np.uint8)
+    tensors[name] = array
+    return node
+
+
+def _is_raw(dtype: np.dtype) -> bool:
+    """Whether a dtype is a number of one byte, which can be stored as uint8."""
+    return dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.number)
+
+
+class _Reader:
+    """Builds trees from nodes; every error is a TypeError or ValueError that names the path."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        self.tensors = tensors
+        self.used: set[str] = set()
+
+    def build(self, node: Any, path: tuple[str, ...]) -> Any:
+        match node:
+            case None:
+                return None
+            case {"dict": list(pairs), **rest} if not rest:
+                return self._dict(pairs, path)
+            case {"list": list(children), **rest} if not rest:
+                return [self.build(child, (*path, str(i))) for i, child in enumerate(children)]
+            case {"tuple": list(children), **rest} if not rest:
+                return tuple(self.build(child, (*path, str(i))) for i, child in enumerate(children))
+            case {"array": str(name), "dtype": str(dtype), "shape": list(shape), **rest} if not rest:
+                return self._array(name, dtype, shape, path)
+            case {"qtensor": dict(fields), **rest} if not rest:
+                return self._qtensor(fields, path)
+        raise ValueError(f"{_shown(path)} is no node of a tree: {str(node)[:80]}")
+
+    def _dict(self, pairs: list, path: tuple[str, ...]) -> dict:
+        for pair in pairs:
+            if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) not in (str, int):
+                raise ValueError(f"{_shown(path)} has an entry that is no pair of key and node: {str(pair)[:80]}")
+        result = {key: self.build(child, (*path, str(key))) for key, child in pairs}
+        if len(result) < len(pairs):
+            raise ValueError(f"{_shown(path)} has a key twice")
+        return result
+
+    def _array(self, name: str, dtype: str, shape: list, path: tuple[str, ...]) -> Any:
+        if name not in self.tensors:
+            raise ValueError(f"{_shown(path)} is the tensor {name!r}, which is missing from the files")
+        self.used.add(name)
+        array, wanted = self.tensors[name], jnp.dtype(dtype)
+        if wanted.name not in STORABLE and _is_raw(wanted) and array.dtype == np.uint8:
+            array = array.view(wanted)
+        if array.dtype != wanted or list(array.shape) != shape:
+            raise ValueError(
+                f"{_shown(path)} should be {dtype}{shape}, but the file holds {array.dtype}{list(array.shape)}"
+            )
+        if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+            raise ValueError(f'{_shown(path)} is {dtype}; to load it, set jax.config.update("jax_enable_x64", True)')
+        return jnp.asarray(array)
+
+    def _qtensor(self, fields: dict, path: tuple[str, ...]) -> QTensor:
+        expected = {"spec", "dtype", *_AXES, *_ARRAYS}
+        if fields.keys() != expected:
+            raise ValueError(f"{_shown(path)} has the fields {sorted(fields)}; expected {sorted(expected)}")
+        arrays = {name: self.build(fields[name], (*path, name)) for name in _ARRAYS}
+        try:
+            return _qtensor(fields, arrays)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_shown(path)}: {error}") from error
+
+
+def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
+    """Puts a QTensor together, with nothing taken on trust."""
+    for name, array in arrays.items():
+        if not isinstance(array, jax.Array) and not (array is None and name in _OPTIONAL):
+            raise ValueError(f"{name} is no array")
+    for name in _AXES:
+        if not isinstance(fields[name], list) or not all(type(item) is int for item in fields[name]):
+            raise ValueError(f"{name}={fields[name]!r} is no list of integers")
+    if len(fields["in_shape"]) != len(fields["contract"]) or min(fields["in_shape"], default=0) < 0:
+        raise ValueError(f"in_shape={fields['in_shape']} does not fit contract={fields['contract']}")
+    spec = QuantSpec(**fields["spec"])
+    if type(spec.symmetric) is not bool or type(spec.narrow_range) is not bool:
+        raise ValueError(f"spec={fields['spec']}: symmetric and narrow_range must be true or false")
+    if not isinstance(fields["dtype"], str) or not jnp.issubdtype(jnp.dtype(fields["dtype"]), jnp.floating):
+        raise ValueError(f"dtype={fields['dtype']!r} is no floating dtype")
+    axes: dict[str, Any] = {name: tuple(fields[name]) for name in _AXES}
+    q = QTensor(spec=spec, dtype=fields["dtype"], **axes, **arrays)
+    q.validate()
+    return q
+
+
+def _shown(path: tuple[str, ...]) -> str:
+    return "/".join(path) or "the tree"

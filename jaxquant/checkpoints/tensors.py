@@ -1,0 +1,188 @@
+"""Tensors in safetensors files: `model.safetensors`, or shards listed in `model.safetensors.index.json`.
+
+The layout is Hugging Face's (https://huggingface.co/docs/safetensors). Shards are read through a memory map, one tensor
+at a time. A shard that the index names must lie in the directory itself; symbolic links there are followed, because
+the hub's cache is made of them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxquant.checkpoints.json_file import read_json, write_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # the size at which Hugging Face starts another file
+PICKLES = ("*.bin", "*.pth", "*.pt")
+
+# What NumPy's reader of safetensors knows, by the format's own names and by NumPy's.
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+STORABLE = frozenset(_DTYPES.values())
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a directory by name, each read when it is asked for.
+
+    Arrays have the dtype and shape of the file (bfloat16 from `ml_dtypes`) and own their memory.
+
+    Raises, when it is made:
+      FileNotFoundError: the directory holds no safetensors, or a shard is missing.
+      ValueError: a file is truncated or corrupt, the index does not describe the shards or points outside the
+        directory, or a dtype is not one of `STORABLE`.
+    """
+
+    def __init__(self, directory: Path):
+        self._files: dict[str, Any] = {}  # tensor name -> open file
+        index = _read_index(directory)
+        for file in _files(directory, index):
+            opened = _open(file)
+            names = opened.keys()
+            for name in names:
+                if name in self._files:
+                    raise ValueError(f"{directory}: tensor {name} lies in two files, {file.name} is the second")
+                _check_dtype(file, name, opened)
+                self._files[name] = opened
+            _check_index(file, names, index)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Any]) -> None:
+    """Writes arrays into one file, or into shards of at most `SHARD_BYTES` with an index, and reads them back.
+
+    Args:
+      directory: an existing directory without safetensors.
+      tensors: name -> NumPy or JAX array of a dtype in `STORABLE`.
+
+    Raises:
+      ValueError: a dtype has no place in the file.
+      OSError: the disk refuses, or what it returns is not what was written.
+    """
+    for name, array in tensors.items():
+        if array.dtype.name not in STORABLE or not array.dtype.isnative:
+            raise ValueError(f"{name} is {array.dtype}, which cannot be stored; cast it to one of {sorted(STORABLE)}")
+    shards = _shards(tensors)
+    if len(shards) == 1:
+        _write_file(directory / SINGLE, tensors, shards[0])
+    else:
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        for file, names in zip(files, shards, strict=True):
+            _write_file(directory / file, tensors, names)
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        size = sum(array.nbytes for array in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    _verify(directory, tensors)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two arrays agree in dtype, shape and every bit (NaNs included)."""
+    a, b = np.asarray(a, order="C"), np.asarray(b, order="C")
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _verify(directory: Path, tensors: Mapping[str, Any]) -> None:
+    read = Tensors(directory)
+    for name, array in tensors.items():
+        if name not in read or not same_bits(read[name], array):
+            raise OSError(f"{directory}: tensor {name} reads back differently from what was written; check the disk")
+
+
+def _shards(tensors: Mapping[str, Any]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, array in tensors.items():
+        if shards[-1] and size + array.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += array.nbytes
+    return shards
+
+
+def _write_file(file: Path, tensors: Mapping[str, Any], names: Iterable[str]) -> None:
+    # In C order, because the writer takes the bytes as they lie, without a look at the strides.
+    arrays = {name: np.asarray(tensors[name], order="C") for name in names}
+    try:
+        save_file(arrays, file, metadata={"format": "pt"})  # transformers refuses a file without this
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from error
+    os.chmod(file, file.parent.stat().st_mode & 0o666)  # the writer makes files that only their owner can read
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """Tensor name -> file name; None if the directory has a single file."""
+    if (directory / SINGLE).exists():
+        return None
+    if not (directory / INDEX).exists():
+        pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
+        if pickles:
+            raise FileNotFoundError(
+                f"{directory} holds PyTorch pickles only ({pickles[0]}), which can run code when they are read; "
+                "convert it to safetensors, for example with transformers' save_pretrained"
+            )
+        raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}; it is no checkpoint")
+    index = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{directory / INDEX} has no 'weight_map' from tensor names to files; download it again")
+    for name, file in index.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{directory / INDEX} places {name} in {file!r}; expected the name of a .safetensors file "
+                "in the directory itself"
+            )
+    return index
+
+
+def _files(directory: Path, index: Mapping[str, str] | None) -> list[Path]:
+    return [directory / name for name in sorted({SINGLE} if index is None else set(index.values()))]
+
+
+def _open(file: Path):
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; download or write the checkpoint again")
+    try:
+        return safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is no readable safetensors file ({error}); it may be truncated, download or write it again"
+        ) from error
+
+
+def _check_dtype(file: Path, name: str, opened) -> None:
+    dtype = opened.get_slice(name).get_dtype()
+    if dtype not in _DTYPES:
+        raise ValueError(f"{file}: tensor {name} has dtype {dtype}; only {', '.join(_DTYPES)} are read")
+
+
+def _check_index(file: Path, names: Iterable[str], index: Mapping[str, str] | None) -> None:
+    expected = set() if index is None else {name for name, place in index.items() if place == file.name}
+    missing = sorted(expected.difference(names))
+    if missing:
+        raise ValueError(f"{file} lacks {missing[0]}, which {INDEX} places there; download the checkpoint again")

@@ -1,0 +1,83 @@
+"""A decoder as one value: what it computes, in which dtype, and the configuration to write back to disk."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxquant.models.config import DecoderConfig, from_hf
+from jaxquant.models.decoder import Decoder
+from jaxquant.transforms.quantized import quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A causal language model without its parameters; frozen and hashable. `Model.from_hf` makes one.
+
+    Attributes:
+      config: what is computed.
+      dtype: the dtype of the computation, whatever the parameters are stored in.
+      hf_config: the Hugging Face configuration it was made from, as JSON.
+    """
+
+    config: DecoderConfig
+    dtype: np.dtype
+    hf_config: str
+
+    @classmethod
+    def from_hf(cls, hf_config: Mapping[str, Any], dtype: DTypeLike = "float32") -> "Model":
+        """Returns the model that a config.json (as a dict) describes; raises ValueError as `config.from_hf` does."""
+        return cls(from_hf(hf_config), jnp.dtype(dtype), json.dumps(hf_config, sort_keys=True))
+
+    @property
+    def apply(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """The pure function `apply(params, tokens) -> logits`; leaves of `params` may be arrays or QTensors.
+
+        `tokens` are integers `[batch, time]`, logits float32 `[batch, time, vocab]`; a position sees itself and those
+        before it. A compiled function cannot raise: a token beyond the vocabulary gives NaN and a negative one counts
+        from its end, see `check_tokens`. Equal models have the very same function, so whatever was compiled for it is
+        found again.
+        """
+        return _apply(self.config, self.dtype)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Returns random parameters, float32, kernels of the layers stacked to `[layers, in, out]`."""
+        return Decoder(self.config, self.dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    def recipe(self, config) -> list[tuple[str, Any]]:
+        """Returns the rules that give every linear layer `config` and leave embedding, norms and output head alone."""
+        head = [] if self.config.tie_embeddings else [("lm_head/kernel", None)]
+        return [("embed_tokens/embedding", None), *head, (".*norm/scale", None), ("layers/.*/kernel", config)]
+
+    def check_tokens(self, tokens) -> None:
+        """Raises ValueError, naming the first one, if a token is outside the vocabulary, or if they are no integers.
+
+        Reads the values of `tokens` (integers of any shape), so it is called outside of `jit`.
+        """
+        tokens = np.asarray(tokens)
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens have dtype {tokens.dtype}; token ids are integers")
+        outside = np.argwhere((tokens < 0) | (tokens >= self.config.vocab_size))
+        if len(outside):
+            position = tuple(outside[0].tolist())
+            raise ValueError(
+                f"token {tokens[position]} at position {list(position)} is outside the vocabulary: ids are 0 to "
+                f"{self.config.vocab_size - 1}"
+            )
+
+
+@functools.lru_cache(maxsize=32)
+def _apply(config: DecoderConfig, dtype: np.dtype) -> Callable[[Any, jax.Array], jax.Array]:
+    decoder = Decoder(config, dtype)
+
+    @jax.jit  # without it, every call from Python would trace and compile the scan over the layers again
+    def apply(params, tokens):
+        return decoder.apply({"params": params}, tokens)
+
+    return quantized(apply)

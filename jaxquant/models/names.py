@@ -1,0 +1,137 @@
+"""Parameters of a decoder from the tensors of a Hugging Face checkpoint, and back.
+
+Only the layout changes: layers are stacked or unstacked, kernels transposed. Values and dtypes stay what they are.
+A leaf may be a quantized tensor too: any pytree whose array leaves all have the layer axis in front and whose `shape`
+is that of the kernel it stands for, `[in, out]`. It is stacked leaf by leaf and never transposed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jaxquant.models.config import FAMILIES, DecoderConfig
+from jaxquant.models.decoder import Decoder
+from jaxquant.models.family import TensorName
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter of the decoder, by path ("layers/mlp/up_proj/kernel")."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(Decoder(config, jnp.dtype("float32")).init, jax.random.key(0), tokens)
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def params_from_tensors(config: DecoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested parameters of the decoder from a checkpoint's tensors, by their Hugging Face names.
+
+    Tensors are taken from the mapping one after another, so a mapping that reads from disk on access keeps one
+    parameter at a time beside the result. `lm_head.weight` is left aside when the model ties its embedding. Raises
+    ValueError for a tensor that is missing, one that belongs nowhere, and one of the wrong shape.
+    """
+    shapes = parameter_shapes(config)
+    _check_names(config, tensors.keys())
+    params = {entry.path: _parameter(config, entry, shapes[entry.path], tensors) for entry in _entries(config)}
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def tensors_from_params(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of a checkpoint, by their Hugging Face names; the inverse of `params_from_tensors`.
+
+    Plain arrays come back as contiguous NumPy arrays, as safetensors' writer requires, in the checkpoint's `[out, in]`;
+    quantized leaves come back unstacked. Raises ValueError when the paths are not those of the decoder.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    expected = {entry.path for entry in _entries(config)}
+    if flat.keys() != expected:
+        raise ValueError(
+            f"params: missing {sorted(expected - flat.keys())}, left over {sorted(flat.keys() - expected)}; they must "
+            f"be those of a {config.architecture} with {config.num_layers} layers"
+        )
+    return {
+        name: _to_tensor(entry, flat[entry.path], layer)
+        for entry in _entries(config)
+        for layer, name in enumerate(_names(config, entry))
+    }
+
+
+def _entries(config: DecoderConfig) -> tuple[TensorName, ...]:
+    family = FAMILIES[config.architecture]
+    return family.tensors if config.tie_embeddings else (*family.tensors, family.head)
+
+
+def _names(config: DecoderConfig, entry: TensorName) -> list[str]:
+    return [entry.name.format(layer=layer) for layer in range(config.num_layers if entry.stacked else 1)]
+
+
+def _check_names(config: DecoderConfig, found) -> None:
+    family = FAMILIES[config.architecture]
+    expected = {name for entry in _entries(config) for name in _names(config, entry)}
+    missing = sorted(expected - found)
+    left_over = sorted(name for name in found - expected if not re.fullmatch(family.ignored_tensors, name))
+    if config.tie_embeddings and family.head.name in left_over:
+        left_over.remove(family.head.name)
+    if missing:
+        raise ValueError(f"{_some(missing)} missing from the checkpoint; {_described(config)} has {len(expected)}")
+    if left_over:
+        raise ValueError(f"{_some(left_over)} in the checkpoint but not in {_described(config)}")
+
+
+def _described(config: DecoderConfig) -> str:
+    tied = "tied" if config.tie_embeddings else "untied"
+    return f"a {config.architecture} with {config.num_layers} layers and {tied} embeddings"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"tensors {', '.join(names[:5])}{more}"
+
+
+def _parameter(config: DecoderConfig, entry: TensorName, shape: tuple[int, ...], tensors: Mapping[str, Any]):
+    one_shape = shape[1:] if entry.stacked else shape
+    leaves = _checked(entry, one_shape, ((name, tensors[name]) for name in _names(config, entry)))
+    if not entry.stacked:
+        return jax.tree.map(jnp.asarray, next(leaves))
+    return _stack(leaves, config.num_layers)
+
+
+def _checked(entry: TensorName, shape: tuple[int, ...], named: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+    """Yields the leaves in the parameter's orientation, or raises for one of the wrong shape."""
+    for name, tensor in named:
+        transposed = entry.transposed and _is_array(tensor)
+        expected = shape[::-1] if transposed else shape
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}; the configuration says {list(expected)}")
+        yield tensor.T if transposed else tensor
+
+
+def _stack(leaves: Iterator[Any], count: int):
+    """Stacks pytrees of arrays, filling the result one at a time."""
+    first = next(leaves)
+    stacked = jax.tree.map(lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), first)
+
+    def fill(index, leaf):
+        jax.tree.map(lambda whole, part: np.copyto(whole[index], np.asarray(part)), stacked, leaf)
+
+    fill(0, first)
+    for index, leaf in enumerate(leaves, start=1):
+        fill(index, leaf)
+    return jax.tree.map(jnp.asarray, stacked)
+
+
+def _to_tensor(entry: TensorName, leaf, layer: int):
+    if entry.stacked:
+        leaf = jax.tree.map(lambda array: array[layer], leaf)
+    if not _is_array(leaf):
+        return leaf
+    tensor = np.asarray(leaf)
+    return np.ascontiguousarray(tensor.T if entry.transposed else tensor)
+
+
+def _is_array(leaf) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)

@@ -1,0 +1,142 @@
+"""Runs any model function with quantized weights in its parameters."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms.tracing import interpreter, payloads, products
+from jaxquant.transforms.tracing.views import View
+
+
+def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
+    """Transforms a model function so that QTensors may stand in its parameters.
+
+    Every product with a quantized weight runs in a quantized kernel; everything else in `fn` runs unchanged. The result
+    works under `jit`, `vmap` and `scan`, and is differentiable in the inputs and in float parameters. Without a QTensor
+    in the parameters it is `fn` itself.
+
+    Args:
+      fn: `fn(params, *inputs)`, any JAX function. Inputs that are no arrays are static and must be hashable.
+      allow_dense: where a weight is used in a way that no kernel covers, make a dense copy and warn, not fail.
+
+    Returns:
+      A function of the same signature.
+
+    Raises:
+      TypeError: (when called) a quantized weight enters an operation that is no known product, lookup or renaming, or
+        is summed over other axes than those it was quantized along (as `jax.grad` inside `fn` does). The message names
+        the primitive and the parameter's path.
+    """
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def compiled(params, arrays, rest):
+        return _interpret(fn, params, rest.join(arrays), _Executor(allow_dense))
+
+    @functools.wraps(fn)
+    def run(params, *inputs):
+        if not any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
+            return fn(params, *inputs)
+        arrays, rest = _Static.split(inputs)
+        return compiled(params, arrays, rest)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What of a function's inputs is no array: their structure and the other leaves."""
+
+    structure: Any
+    leaves: tuple  # None where an array stands
+    dynamic: tuple[int, ...]
+
+    @classmethod
+    def split(cls, inputs: tuple) -> tuple[list, "_Static"]:
+        flat, structure = jax.tree.flatten(inputs)
+        dynamic = tuple(i for i, leaf in enumerate(flat) if interpreter.traceable(leaf))
+        rest = tuple(None if i in dynamic else leaf for i, leaf in enumerate(flat))
+        return [flat[i] for i in dynamic], cls(structure, rest, dynamic)
+
+    def join(self, arrays: list) -> tuple:
+        full = list(self.leaves)
+        for i, a in zip(self.dynamic, arrays, strict=True):
+            full[i] = a
+        return jax.tree.unflatten(self.structure, full)
+
+
+def _interpret(fn, params, inputs, executor):
+    closed, structure, leaves, arrays = interpreter.trace(fn, params, inputs, is_qtensor)
+    outs, _ = interpreter.start(executor, closed, leaves, arrays, lambda _, leaf: is_qtensor(leaf))
+    return jax.tree.unflatten(structure, [executor.result(o) for o in outs])
+
+
+class _Executor:
+    """The handler that runs products in quantized kernels."""
+
+    def __init__(self, allow_dense: bool):
+        self.allow_dense = allow_dense
+
+    def rename(self, it, view, takes, eqn, ins):
+        held = ins[0]
+        for take in takes:
+            held = payloads.take(held, take)
+            if held is None:
+                return self.other(
+                    it, eqn, ins, "it cuts the weight along an axis that groups and packed codes run over"
+                )
+        return [dataclasses.replace(view, payload=held.payload)]
+
+    def product(self, it, product):
+        view = product.view
+        ragged = product.groups is not None
+        batch = (products.ragged_axis(product),) if ragged else product.batch_axes
+        if product.contract_axes != payloads.contract_axes(view):
+            own = payloads.contract_axes(view)
+            why = f"it sums over axes {product.contract_axes} of the weight, which was quantized along axes {own}"
+            return self.other(it, product.eqn, product.ins, why)
+        q = payloads.with_leads(view, batch)
+        if q is None:
+            leads = tuple(payloads.payload_leads(view))
+            why = f"it batches over axes {batch} of the weight, which stacks matrices along axes {leads}"
+            return self.other(it, product.eqn, product.ins, why)
+        kept = {name: product.eqn.params[name] for name in ("preferred_element_type", "precision")}
+        if ragged:
+            return [product.restore(quantized_ragged_matmul(product.rows(), q, product.groups, **kept))]
+        return [product.restore(quantized_matmul(product.rows(), q, **kept))]
+
+    def lookup(self, it, lookup, eqn, ins):
+        rows = payloads.take_rows(lookup.view, lookup.axis, lookup.ids)
+        if rows is None:
+            return self.other(it, eqn, ins, "it looks up positions along an axis that groups and packed codes run over")
+        if lookup.fill is not None:
+            inside = (lookup.ids >= 0) & (lookup.ids < lookup.view.sizes[lookup.axis])
+            inside = jnp.expand_dims(inside, tuple(range(inside.ndim, rows.ndim)))
+            rows = jnp.where(inside, rows, jnp.asarray(lookup.fill, rows.dtype))
+        return [jnp.moveaxis(rows, range(lookup.ids.ndim, rows.ndim), lookup.offset_dims)]
+
+    def other(self, it, eqn, ins, why):
+        paths = ", ".join(f"'{p}'" for p in interpreter.paths_of(ins))
+        message = f"`{eqn.primitive.name}` meets the quantized weight {paths}: {why}"
+        if not self.allow_dense:
+            raise TypeError(
+                f"{message}. Leave the weight out of the recipe, or call quantized(fn, allow_dense=True) to make a "
+                "dense copy of it here"
+            )
+        warnings.warn(f"{message}; a dense copy was made", stacklevel=2)
+        return it.bind(eqn, [payloads.densify(v) if isinstance(v, View) else v for v in ins])
+
+    def result(self, out):
+        if not isinstance(out, View):
+            return out
+        if out.untouched and not out.leads:
+            return out.payload
+        raise TypeError(
+            f"the function returns a part of the quantized weight '{out.path}'; return it whole, or not at all"
+        )

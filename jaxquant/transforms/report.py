@@ -1,0 +1,89 @@
+"""What `quantize_params` did to each weight, for people and for machines."""
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One matrix: a weight, or one layer or expert of a stacked weight.
+
+    Attributes:
+      path: of the weight in the parameter tree.
+      index: position along its leading axes; empty for a weight without them.
+      shape: `(in, out)`, the contracting axes and the output axes flattened.
+      method: name of the method that was asked for.
+      bits, group_size, symmetric: of its codes.
+      tokens: calibration tokens behind its statistics; None where there are none.
+      dropped_rows: tokens left out because they were not finite.
+      rtn_error, error: relative squared output error ‖x(Ŵ-W)‖²/‖xW‖² on held-out tokens, of rounding to nearest and of
+        the weight that was kept; None without held-out tokens.
+      fallback: why rounding to nearest was kept in place of the method's answer; None where it was not.
+      info: what the method itself reports (GPTQ: damping, dead channels).
+      seconds: its share of the wall clock, compilation included.
+    """
+
+    path: str
+    index: tuple[int, ...]
+    shape: tuple[int, int]
+    method: str
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    tokens: int | None
+    dropped_rows: int | None
+    rtn_error: float | None
+    error: float | None
+    fallback: str | None
+    info: dict[str, float]
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Path and position, "layers/mlp/up_proj/kernel[3]"."""
+        return self.path + (f"[{','.join(map(str, self.index))}]" if self.index else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The outcome of `quantize_params`.
+
+    Attributes:
+      layers: one entry per matrix.
+      unchanged: paths left as they were; with a reason where statistics could not follow them.
+      bytes_before, bytes_after: of the whole tree, as memory holds it.
+    """
+
+    layers: tuple[LayerReport, ...]
+    unchanged: dict[str, str | None]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def fallbacks(self) -> tuple[LayerReport, ...]:
+        """The matrices that kept rounding to nearest although another method was asked for."""
+        return tuple(layer for layer in self.layers if layer.fallback)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def table(self) -> Table:
+        """The report as a rich table, one row per matrix."""
+        table = Table(caption=f"{self.bytes_before:,} → {self.bytes_after:,} bytes, {len(self.fallbacks)} fallbacks")
+        for column in ("weight", "shape", "method", "bits", "tokens", "RTN error", "error", "note"):
+            table.add_column(column, justify="left" if column in ("weight", "method", "note") else "right")
+        for layer in self.layers:
+            bits = f"{layer.bits}" + (f" g{layer.group_size}" if layer.group_size else "")
+            numbers = ("–" if e is None else f"{e:.2e}" for e in (layer.rtn_error, layer.error))
+            tokens = "–" if layer.tokens is None else f"{layer.tokens:,}"
+            shape = "×".join(map(str, layer.shape))
+            table.add_row(layer.name, shape, layer.method, bits, tokens, *numbers, layer.fallback or "")
+        return table

@@ -1,0 +1,57 @@
+"""All that differs between the supported JAX versions (0.10.2 to 0.12), and the primitives without a public name."""
+
+import jax
+import jax.extend.core as jexc
+
+JIT = ("jit", "pjit", "closed_call", "core_call")
+REMAT = ("checkpoint", "remat", "remat2")
+CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+def close(jaxpr) -> jexc.ClosedJaxpr:
+    """A jaxpr parameter of an equation, closed (in 0.12 `Jaxpr` and `ClosedJaxpr` are one class)."""
+    return jaxpr if isinstance(jaxpr, jexc.ClosedJaxpr) else jexc.ClosedJaxpr(jaxpr, ())
+
+
+def inner_jaxpr(eqn) -> jexc.ClosedJaxpr:
+    """The jaxpr that a call-like equation runs on its inputs, in their order."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            return close(eqn.params[name])
+    raise TypeError(f"`{eqn.primitive.name}` has no jaxpr among its parameters {sorted(eqn.params)}")
+
+
+def bind(eqn, values: list, closed: jexc.ClosedJaxpr) -> list:
+    """Runs one equation, unchanged, on values for its inputs; `closed` is the jaxpr it stands in.
+
+    A one-equation jaxpr is run in place of `primitive.bind`, because the parameters that call-like and
+    custom-derivative primitives carry are not those that their `bind` takes.
+    """
+    free = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jexc.Literal)}
+    outs = [v for v in eqn.outvars if not isinstance(v, jexc.DropVar)]
+    debug = close(closed).jaxpr.debug_info.with_unknown_names()
+    jaxpr = jexc.Jaxpr((), [*free], outs, [eqn], eqn.effects, debug)
+    results = iter(jexc.jaxpr_as_fun(jexc.ClosedJaxpr(jaxpr, ()))(*free.values()))
+    return [None if isinstance(v, jexc.DropVar) else next(results) for v in eqn.outvars]
+
+
+def stage(fn, *args):
+    """Traces `fn` once. Returns a callable that runs the traced program, and the shapes of its results."""
+    jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    structure = jax.tree.structure(shapes)
+    run = jexc.jaxpr_as_fun(jaxpr)
+    return lambda *a: jax.tree.unflatten(structure, run(*jax.tree.leaves(a))), shapes
+
+
+def scan_groups(eqn) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried; the rest are sliced.
+
+    Read off the ranks, because the names of the parameters differ between versions.
+    """
+    body = close(eqn.params["jaxpr"]).jaxpr
+    sliced = [len(o.aval.shape) > len(i.aval.shape) for o, i in zip(eqn.invars, body.invars, strict=True)]
+    stacked = [len(o.aval.shape) > len(i.aval.shape) for o, i in zip(eqn.outvars, body.outvars, strict=True)]
+    carried = len(stacked) - sum(stacked)
+    if sliced != sorted(sliced) or stacked != sorted(stacked):
+        raise TypeError("this JAX version lays out the inputs of lax.scan in an order that jaxquant does not know")
+    return len(sliced) - sum(sliced) - carried, carried

@@ -1,0 +1,166 @@
+"""Runs a jaxpr, handing every equation that a weight enters to a handler and leaving every other one unchanged."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.extend.core as jexc
+import numpy as np
+
+from jaxquant.transforms.tracing import compat, products
+from jaxquant.transforms.tracing.loops import CALLS
+from jaxquant.transforms.tracing.recorder import Recorder
+from jaxquant.transforms.tracing.views import RENAMINGS, Take, View, make_view
+
+
+class Handler(Protocol):
+    """What a transformation does with weights. Each method returns the equation's results."""
+
+    def rename(self, it: "Interpreter", view: View, takes: list[Take], eqn, ins: list) -> list:
+        """An operation that renames the weight; `view` has everything but the new payload."""
+
+    def product(self, it: "Interpreter", product: products.Product) -> list:
+        """A product that consumes it."""
+
+    def lookup(self, it: "Interpreter", lookup: products.Lookup, eqn, ins: list) -> list:
+        """A gather of its rows."""
+
+    def other(self, it: "Interpreter", eqn, ins: list, why: str) -> list:
+        """Anything else that it enters."""
+
+
+@dataclasses.dataclass
+class Interpreter:
+    """Interprets jaxprs with one handler; each scope (loop body, called function) has its own, see `scope`.
+
+    Attributes:
+      handler: what is done with weights.
+      recorder: statistics of this scope.
+      loops: (token, iteration) of every loop around this scope, outermost first.
+      tokens: source of scan tokens, shared by all scopes.
+    """
+
+    handler: Handler
+    recorder: Recorder = dataclasses.field(default_factory=Recorder)
+    loops: tuple[tuple[int, jax.Array], ...] = ()
+    tokens: Any = dataclasses.field(default_factory=itertools.count)
+    closed: jexc.ClosedJaxpr | None = None
+
+    def run(self, closed: jexc.ClosedJaxpr, args: list) -> list:
+        """The results of a jaxpr; `args` and results may be views."""
+        self.closed = closed
+        jaxpr = closed.jaxpr
+        env = dict(zip(jaxpr.constvars, closed.consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(v):
+            return v.val if isinstance(v, jexc.Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(v) for v in eqn.invars]
+            outs = self.equation(eqn, ins) if any(isinstance(i, View) for i in ins) else self.bind(eqn, ins)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def bind(self, eqn, ins: list) -> list:
+        """Runs one equation unchanged, on values without views."""
+        return compat.bind(eqn, ins, self.closed)
+
+    def equation(self, eqn, ins: list) -> list:
+        """Runs one equation that a view enters."""
+        name = eqn.primitive.name
+        if name in CALLS:
+            return CALLS[name](self, eqn, ins)
+        if name == "optimization_barrier":
+            return ins  # it only orders computation
+        if name in RENAMINGS and isinstance(ins[0], View):
+            step = RENAMINGS[name](ins[0], eqn, ins)
+            if step is not None:
+                return self.handler.rename(self, *step, eqn, ins)
+        if name == "gather" and (lookup := products.as_lookup(eqn, ins)) is not None:
+            return self.handler.lookup(self, lookup, eqn, ins)
+        product = products.as_product(eqn, ins)
+        if product is None:
+            return self.other(eqn, ins, "it is no product, lookup or renaming that jaxquant knows")
+        if not product.whole():
+            return self.other(eqn, ins, "it sums over a part of an axis of the weight")
+        return self.handler.product(self, product)
+
+    def other(self, eqn, ins: list, why: str) -> list:
+        """Hands the handler an equation that cannot be followed."""
+        return self.handler.other(self, eqn, ins, why)
+
+    def scope(self, closed: jexc.ClosedJaxpr, loop: int | None = None) -> "Scope":
+        """A callable that runs an inner jaxpr with this handler; `loop` is the token of the loop whose body it is."""
+        return Scope(self, closed, loop)
+
+
+class Scope:
+    """Runs an inner jaxpr: `(args) -> (results, moments)`, `(args, iteration)` for a loop's body.
+
+    The moments are a list of pytrees of arrays that JAX's own control flow can carry; what they are moments *of* is
+    static, and stands in `recorder` once the scope was traced.
+    """
+
+    def __init__(self, outer: Interpreter, closed: jexc.ClosedJaxpr, loop: int | None):
+        self.outer, self.closed, self.loop, self.recorder = outer, closed, loop, Recorder()
+
+    def __call__(self, args, iteration=None):
+        """Results and moments; `args` may hold views."""
+        outer = self.outer
+        loops = outer.loops if self.loop is None else (*outer.loops, (self.loop, iteration))
+        inner = Interpreter(outer.handler, Recorder(), loops, outer.tokens)
+        outs = inner.run(self.closed, list(args))
+        self.recorder = inner.recorder
+        return outs, inner.recorder.moments
+
+
+def paths_of(ins: list) -> list[str]:
+    """The paths of the weights among an equation's inputs."""
+    return [v.path for v in ins if isinstance(v, View)]
+
+
+def path_name(key_path) -> str:
+    """ "a/b/0" for a key path of `jax.tree_util`."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def traceable(leaf) -> bool:
+    """Whether an input of a model function is an array; the rest (flags, None, strings) is static."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = None):
+    """Traces `fn(params, *inputs)` with every array as an argument.
+
+    Leaves of `params` that are QTensors are traced as dense arrays of their shape and dtype.
+
+    Returns:
+      `(closed jaxpr, structure of the result, [(path, leaf) of params], flat arrays of inputs)`; the jaxpr takes the
+      leaves of params, then the arrays.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    flat, input_structure = jax.tree.flatten(inputs)
+    dynamic = [i for i, leaf in enumerate(flat) if traceable(leaf)]
+
+    def call(weights, arrays):
+        full = list(flat)
+        for i, a in zip(dynamic, arrays, strict=True):
+            full[i] = a
+        return fn(jax.tree.unflatten(structure, weights), *jax.tree.unflatten(input_structure, full))
+
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_leaf and is_leaf(leaf) else leaf for _, leaf in leaves]
+    arrays = [flat[i] for i in dynamic]
+    closed, result = jax.make_jaxpr(call, return_shape=True)(shapes, arrays)
+    return closed, jax.tree.structure(result), [(path_name(k), leaf) for k, leaf in leaves], arrays
+
+
+def start(handler: Handler, closed, leaves: list, arrays: list, chosen: Callable[[str, Any], bool]):
+    """Interprets a traced function, following the weights that `chosen(path, leaf)` picks.
+
+    Returns `(flat results, recorder)`; results may be views.
+    """
+    it = Interpreter(handler)
+    args = [make_view(path, leaf) if chosen(path, leaf) else leaf for path, leaf in leaves]
+    return it.run(closed, args + arrays), it.recorder

@@ -1,0 +1,130 @@
+"""The rule for `shard_map`: weights enter as local shards, statistics leave merged over the devices."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxquant.numerics import statistics
+from jaxquant.numerics.packing import BLOCK
+from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
+from jaxquant.numerics.statistics import Moments
+from jaxquant.transforms.tracing import compat
+from jaxquant.transforms.tracing.payloads import payload_axis
+from jaxquant.transforms.tracing.views import Factor, View
+
+
+def call_shard_map(it, eqn, ins: list) -> list:
+    """Runs the body on local views, and merges the moments of all devices."""
+    mesh, names = eqn.params["mesh"], tuple(eqn.params["newly_manual_axes"])
+    split = [_split(v, spec, mesh) for v, spec in zip(ins, eqn.params["in_specs"], strict=True)]
+    if any(isinstance(s, str) for s in split):
+        return it.other(eqn, ins, next(s for s in split if isinstance(s, str)))
+    specs, local = zip(*split, strict=True)
+    sharded = {v.path: dict(v.sharded) for v in local if v is not None}
+    function = it.scope(compat.inner_jaxpr(eqn))
+
+    def body(*args):
+        # the leaves of an argument are local already; what is static about it becomes local here
+        args = [a if v is None else _with_payload(v, a) for a, v in zip(args, local, strict=True)]
+        outs, moments = function(args)
+        reader = {site: use for use, sites in function.recorder.uses.items() for site in sites}
+        return outs, [_merged(m, reader[i], sharded, names) for i, m in enumerate(moments)]
+
+    outs, moments = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(list(eqn.params["out_specs"]), PartitionSpec()),
+        check_vma=eqn.params["check_vma"],
+        axis_names=set(names),
+    )(*ins)
+    it.recorder.absorb(function.recorder, moments)
+    return list(outs)
+
+
+def _with_payload(local: View, arg: View) -> View:
+    if not isinstance(arg.payload, QTensor):
+        return dataclasses.replace(local, payload=arg.payload, index=arg.index)
+    payload = dataclasses.replace(arg.payload, in_shape=local.payload.in_shape)
+    return dataclasses.replace(local, payload=payload, index=arg.index)
+
+
+def _split(v, spec, mesh) -> tuple | str:
+    """In-spec of an input, and for a view its static, local form; a string says why it cannot be split so."""
+    if not isinstance(v, View):
+        return spec, None
+    names = tuple(spec) + (None,) * (len(v.axes) - len(spec))
+    if any(isinstance(n, tuple) and len(n) > 1 for n in names):
+        return "one axis of the weight is split over several mesh axes"
+    names = tuple(n[0] if isinstance(n, tuple) else n for n in names)
+    of_axis = {v.whole(d): n for d, n in enumerate(names) if n is not None}
+    if None in of_axis:
+        return "the split axis is not one whole axis of the weight"
+    sizes = tuple(n // mesh.shape[of_axis[a]] if a in of_axis else n for a, n in enumerate(v.sizes))
+    axes = tuple(tuple(Factor(f.axis, f.stride, sizes[f.axis]) for f in a) if v.whole(d) in of_axis else a
+                 for d, a in enumerate(v.axes))  # fmt: skip
+    local = dataclasses.replace(v, axes=axes, sizes=sizes, sharded=(*v.sharded, *of_axis.items()))
+    index = tuple(PartitionSpec() for _ in v.index)
+    if not isinstance(v.payload, QTensor):
+        return dataclasses.replace(v, payload=PartitionSpec(*names), index=index), local
+    return _split_qtensor(v, local, of_axis, mesh, index)
+
+
+def _split_qtensor(v, local, of_axis, mesh, index) -> tuple | str:
+    q, ndim = v.payload, len(v.sizes)
+    contract = [a + ndim for a in q.contract]
+    cut = [a for a in contract if a in of_axis]
+    if cut and cut != contract[:1]:
+        return "a contracting axis of the weight is split that is not its first"
+    shards = mesh.shape[of_axis[cut[0]]] if cut else 1
+    if not _whole_per_shard(q, shards):
+        return f"its {math.prod(q.in_shape)} input channels do not split into {shards} shards of whole groups"
+    place = {payload_axis(v, a): name for a, name in of_axis.items() if a not in contract}
+
+    def spec(a):
+        along = [place.get(i) if a.shape[i] > 1 else None for i in range(a.ndim)]
+        k = a.ndim - 1 - len(q.out)
+        along[k] = of_axis[cut[0]] if cut and a.shape[k] > 1 else None
+        return PartitionSpec(*along)
+
+    in_shape = tuple(local.sizes[a] for a in contract)
+    local = dataclasses.replace(local, payload=dataclasses.replace(q, in_shape=in_shape))
+    return dataclasses.replace(v, payload=jax.tree.map(spec, q), index=index), local
+
+
+def _whole_per_shard(q, shards) -> bool:
+    size = math.prod(q.in_shape)
+    groups = q.spec.num_groups(size)
+    packed = size % (shards * BLOCK) == 0 or q.spec.bits > PACKED_BITS
+    return shards == 1 or (packed and size % shards == 0 and (groups == 1 or groups % shards == 0))
+
+
+def _merged(m: Moments, use, sharded, names) -> Moments:
+    """One site's moments, the same on every device: experts' shards are put together, tokens' are merged."""
+    rest = list(names)
+    for i, axis in enumerate(use.stacked):
+        name = sharded.get(use.path, {}).get(axis)
+        if name is not None:
+            m = jax.tree.map(lambda a, i=i, name=name: _gathered(a, name, i), m)
+            rest.remove(name)
+    for name in rest:
+        m = _merged_over(m, name)
+    return m
+
+
+def _merged_over(m: Moments, name: str) -> Moments:
+    sums = {f: lax.psum(getattr(m, f), name) for f in ("gram", "abs_sum", "count", "dropped")}
+    rows, rank = _gathered(m.rows, name, m.rows.ndim - 2), _gathered(m.rank, name, m.rank.ndim - 1)
+    rows, rank = statistics.smallest(rows, rank)
+    return Moments(**sums, absmax=lax.pmax(m.absmax, name), rows=rows, rank=rank)
+
+
+def _gathered(a, name, axis):
+    """`all_gather` whose result is known to be the same on every device: scattered into zeros, then summed."""
+    n, i = lax.axis_size(name), lax.axis_index(name)
+    whole = jnp.zeros((*a.shape[:axis], n * a.shape[axis], *a.shape[axis + 1 :]), a.dtype)
+    return lax.psum(lax.dynamic_update_slice_in_dim(whole, a, i * a.shape[axis], axis), name)
