@@ -1,10 +1,8 @@
 """The decoder against transformers, its names and configurations, and the shipped model."""
 
-import dataclasses
 import functools
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +12,14 @@ import pytest
 import torch
 import transformers
 
-import jaxquant.models
+from jaxquant.models import TINYLM
 from jaxquant.models.config import from_hf
 from jaxquant.models.model import Model
 from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors_from_params
+from jaxquant.numerics.affine import dequantize, quantize
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.spec import QuantSpec
 
-TINYLM = Path(jaxquant.models.__file__).parent / "tinylm"
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -147,30 +147,25 @@ def test_tensors_round_trip(variant):
         assert written[name].flags.c_contiguous
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["bits"])
-@dataclasses.dataclass
-class Coded:
-    """Stands for any quantized tensor."""
-
-    codes: jax.Array
-    scale: jax.Array
-    bits: int
-    shape = property(lambda self: self.codes.shape)
+def quantized_layers(params: dict, spec: QuantSpec) -> dict:
+    return params | {"layers": jax.tree.map(lambda a: quantize(a, spec) if a.ndim == 3 else a, params["layers"])}
 
 
-def test_quantized_leaves_are_unstacked_and_stacked_but_not_transposed():
-    config = from_hf(SMALL)
-    params = params_from_tensors(config, small_tensors())
-    codes, scale = jnp.arange(3 * 48 * 32).reshape(3, 48, 32), jnp.ones((3, 1, 32))
-    params["layers"]["mlp"]["down_proj"]["kernel"] = Coded(codes, scale, 8)
-    tensors = tensors_from_params(config, params)
-    one = tensors["model.layers.1.mlp.down_proj.weight"]
-    assert isinstance(one, Coded)
-    np.testing.assert_array_equal(one.codes, codes[1])
-    again = params_from_tensors(config, tensors)["layers"]["mlp"]["down_proj"]["kernel"]
-    assert again.bits == 8
-    np.testing.assert_array_equal(again.codes, codes)
-    np.testing.assert_array_equal(again.scale, scale)
+def dequantized(params: dict) -> dict:
+    return jax.tree.map(lambda a: dequantize(a) if is_qtensor(a) else a, params, is_leaf=is_qtensor)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(bits=4, group_size=16), QuantSpec(bits=8, symmetric=False)])
+def test_quantized_parameters_round_trip_and_run(spec):
+    model = Model.from_hf(SMALL)
+    params = quantized_layers(params_from_tensors(model.config, small_tensors()), spec)
+    tensors = tensors_from_params(model.config, params)
+    assert tensors["model.layers.1.mlp.down_proj.weight"].shape == (48, 32)
+    again = params_from_tensors(model.config, tensors)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    tokens = random_tokens(97)
+    assert relative_error(model.apply(params, tokens), model.apply(dequantized(params), tokens)) < 1e-5
 
 
 def test_wrong_shape_names_tensor_and_both_shapes():
@@ -220,10 +215,18 @@ def test_writing_refuses_foreign_parameters():
         ({"sliding_window": 4096}, r"sliding_window=4096 is not supported"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported"),
         ({"logit_scale": 2.0}, r"logit_scale=2\.0 is unknown for LlamaForCausalLM"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"rope_scaling has rope_type='yarn'; supported: \['def"),
-        ({"rope_scaling": {"factor": 2.0}}, r"rope_type='default' has the keys \['factor'\]; supported: \[\]"),
-        ({"rope_parameters": {**LLAMA3, "beta": 1}}, r"rope_type='llama3' has the keys \['beta', 'factor'"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, r"keys \['partial_rotary_factor'\]"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            r"rope_type='yarn' is not supported; supported: \['default'",
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, r"rope_type='default' has the settings \['factor'\]; supported: \[\]"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, r"rope_type='llama3' contradicts type='linear'"),
+        ({"rope_parameters": {**LLAMA3, "beta": 1}}, r"rope_type='llama3' has the settings \['beta', 'factor'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            r"settings \['partial_rotary_factor'\]",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, r"contradicts rope_theta and rope_scaling"),
         ({"num_key_value_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"head_dim": 7}, r"head_dim=7 is odd"),
     ],

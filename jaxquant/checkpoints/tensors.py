@@ -67,6 +67,11 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
 
+    def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype (NumPy's name for it) and shape of a tensor, without reading it."""
+        view = self._files[name].get_slice(name)
+        return _DTYPES[view.get_dtype()], tuple(view.get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

@@ -118,19 +118,36 @@ def _refuse_unsupported(hf_config: Mapping[str, Any], family: Family) -> None:
 
 def _rope(hf_config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base and the scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if hf_config.get("rope_parameters") else "rope_scaling"
-    settings = dict(hf_config.get(key) or {})
-    theta = settings.pop("rope_theta", hf_config.get("rope_theta", _DEFAULT_THETA))
-    kind = settings.pop("rope_type", settings.pop("type", "default"))
+    old = _rope_settings(hf_config.get("rope_scaling"))
+    if hf_config.get("rope_theta") is not None:
+        old["rope_theta"] = hf_config["rope_theta"]
+    new = _rope_settings(hf_config.get("rope_parameters"))
+    if new and any(new.get(key) != value for key, value in old.items()):
+        raise ValueError(f"config.json: rope_parameters={new} contradicts rope_theta and rope_scaling, {old}")
+    settings = new or old
+    theta = settings.pop("rope_theta", _DEFAULT_THETA)
+    return float(theta), _scaling(settings.pop("rope_type", "default"), settings)
+
+
+def _rope_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy in which `type`, the older spelling, is `rope_type`."""
+    settings = dict(settings or {})
+    kind = settings.pop("type", None)
+    if kind is not None and settings.setdefault("rope_type", kind) != kind:
+        raise ValueError(f"config.json: rope_type={settings['rope_type']!r} contradicts type={kind!r}")
+    return settings
+
+
+def _scaling(kind: str, settings: Mapping[str, Any]) -> RopeScaling | None:
     if kind not in _SCALINGS:
-        raise ValueError(f"config.json: {key} has rope_type={kind!r}; supported: {[*_SCALINGS]}")
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported; supported: {[*_SCALINGS]}")
     scaling = _SCALINGS[kind]
     needed = set() if scaling is None else {field.name for field in dataclasses.fields(scaling)}
     if settings.keys() != needed:
         raise ValueError(
-            f"config.json: {key} with rope_type={kind!r} has the keys {sorted(settings)}; supported: {sorted(needed)}"
+            f"config.json: rope_type={kind!r} has the settings {sorted(settings)}; supported: {sorted(needed)}"
         )
-    return float(theta), None if scaling is None else scaling(**settings)
+    return None if scaling is None else scaling(**settings)
 
 
 _SCALINGS = {"default": None, "linear": LinearScaling, "llama3": Llama3Scaling}

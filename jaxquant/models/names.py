@@ -96,7 +96,7 @@ def _parameter(config: DecoderConfig, entry: TensorName, shape: tuple[int, ...],
     one_shape = shape[1:] if entry.stacked else shape
     leaves = _checked(entry, one_shape, ((name, tensors[name]) for name in _names(config, entry)))
     if not entry.stacked:
-        return jax.tree.map(jnp.asarray, next(leaves))
+        return jax.tree.map(jnp.array, next(leaves))  # a copy: the caller's memory may be a file's or another library's
     return _stack(leaves, config.num_layers)
 
 

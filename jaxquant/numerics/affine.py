@@ -6,10 +6,15 @@ With signed codes in [min_code, max_code] and `steps` between them:
     asymmetric   S = (max(x, 0) - min(x, 0)) / steps,              Z = clamp(round(min_code - min(x, 0) / S))
     x_q = clamp(round(x / S) + Z),    x ≈ S · (x_q - Z)
 
-A range of zero takes S = 1, so zeros stay zeros. 0.0 is always represented exactly. S is rounded to its storage dtype
+A range of zero (or too small for S to be a normal number) takes S = 1, so zeros stay zeros. 0.0 is always represented exactly. S is rounded to its storage dtype
 before any code is chosen, so the codes are the best ones for the scale that is kept. (Jacob et al. 2018, "Quantization
 and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"; the full symmetric range, 7.5 steps
 each side at 4 bits, is that of GPTQ and compressed-tensors.)
+
+In floating point, x / S is x · (1 / S) and max|x| / (steps / 2) is max|x| · (2 / steps), each of the two operations
+rounded. XLA compiles a division by a broadcast number to that anyway, but only where it sees the broadcast, and in the
+full symmetric range the extreme of every group lies half way between two codes: written as a division, the same
+weights would get other codes in another program.
 """
 
 import math
@@ -76,18 +81,17 @@ def fake_quantize(
 ) -> jax.Array:
     """Quantizes and dequantizes, with a straight-through derivative (Bengio et al. 2013, arXiv:1308.3432).
 
-    Rounding has derivative 1; clamping has derivative 1 up to half a step beyond the codes, so that the largest weight
-    of a range is not cut off from its gradient, and 0 further out. The scale is a differentiable function of x.
-    Arguments and errors as `choose_qparams`; the result has x's shape and dtype.
+    Rounding has derivative 1, and so has clamping: the range is that of x itself, so nothing lies further beyond the
+    codes than the half step of rounding. The scale is a differentiable function of x. Arguments and errors as
+    `choose_qparams`; the result has x's shape and dtype.
     """
     contract, out = resolve_axes(x, spec, contract, out)
     w = to_canonical(x, contract, out).astype(_compute_dtype(x.dtype))
     scale, zero = _range_to_scale(w, spec, len(out), jnp.dtype(spec.scale_dtype or x.dtype))
     scale, zero = (expand(a, w.shape, len(out)) for a in (scale.astype(w.dtype), lax.stop_gradient(zero)))
-    steps = w / scale + zero
-    inside = (steps >= spec.min_code - 0.5) & (steps <= spec.max_code + 0.5)
-    codes = jnp.clip(jnp.round(lax.stop_gradient(steps)), spec.min_code, spec.max_code)
-    codes = codes + jnp.where(inside, steps - lax.stop_gradient(steps), 0)
+    codes = encode(*lax.stop_gradient((w, scale, zero)), spec).astype(w.dtype)
+    steps = w / scale
+    codes += steps - lax.stop_gradient(steps)  # zero, with the derivative of w / scale
     in_shape = tuple(x.shape[a] for a in contract)
     return from_canonical((codes - zero) * scale, contract, out, in_shape).astype(x.dtype)
 
@@ -95,7 +99,7 @@ def fake_quantize(
 def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
     """clamp(round(x / scale) + zero_point) as int8; the arrays broadcast elementwise."""
     dtype = _compute_dtype(x.dtype)
-    steps = jnp.round(x.astype(dtype) / scale.astype(dtype))
+    steps = jnp.round(x.astype(dtype) * (1 / scale.astype(dtype)))
     if zero_point is not None:
         steps += zero_point.astype(dtype)
     return jnp.clip(steps, spec.min_code, spec.max_code).astype(jnp.int8)  # clipped first: float→int casts truncate
@@ -146,12 +150,13 @@ def _range_to_scale(w, spec, n_out, scale_dtype):
     """Scale (rounded to its storage dtype) and float zero point of canonical `w`, both `[*lead, groups, *out]`."""
     low, high = _extremes(w, spec, n_out)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    scale = 2 * jnp.maximum(-low, high) / spec.steps if spec.symmetric else (high - low) / spec.steps
+    scale = jnp.maximum(-low, high) * (2 / spec.steps) if spec.symmetric else (high - low) * (1 / spec.steps)
     scale = scale.astype(scale_dtype)
-    scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))  # after rounding: a tiny range may underflow to zero
+    normal = scale.astype(w.dtype) >= jnp.finfo(w.dtype).tiny  # smaller ones have no finite reciprocal
+    scale = jnp.where(normal, scale, jnp.ones_like(scale))
     if spec.symmetric:
         return scale, jnp.zeros(scale.shape, w.dtype)
-    zero = jnp.round(spec.min_code - low / scale.astype(w.dtype))
+    zero = jnp.round(spec.min_code - low * (1 / scale.astype(w.dtype)))
     return scale, jnp.clip(zero, spec.min_code, spec.max_code)
 
 

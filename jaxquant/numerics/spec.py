@@ -94,3 +94,11 @@ def int4(**fields) -> QuantSpec:
 def int3(**fields) -> QuantSpec:
     """`QuantSpec(bits=3, **fields)`."""
     return QuantSpec(bits=3, **fields)
+
+
+def check_weight_spec(spec: QuantSpec) -> None:
+    """Raises ValueError unless a method can quantize weights to `spec`."""
+    if not isinstance(spec, QuantSpec):
+        raise ValueError(f"spec={spec!r} is not a QuantSpec; write for example int4(group_size=128)")
+    if spec.granularity == "per_token":
+        raise ValueError("per_token is for activations; quantize weights per_group, per_channel or per_tensor")

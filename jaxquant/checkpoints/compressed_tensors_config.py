@@ -1,0 +1,167 @@
+"""compressed-tensors' `quantization_config`: which module has which bits and groups.
+
+Source: compressed-tensors 0.20, quantization/{quant_config,quant_scheme,quant_args}.py. The last two refuse keys that
+they do not know, so exactly theirs are written. A config group names its modules by class ("Linear"), by name, or by a
+regular expression ("re:...") that matches from the start of the name.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from jaxquant.numerics.spec import QuantSpec
+
+METHOD = "compressed-tensors"
+FORMAT = "pack-quantized"
+
+# What is understood of each key when a configuration is read: its values, or None where any will do.
+_TOP = {
+    "quant_method": (METHOD,),
+    "format": (FORMAT,),
+    "quantization_status": ("compressed",),
+    "config_groups": None,
+    "ignore": None,  # the tensors tell which modules are not quantized
+    "kv_cache_scheme": (None,),
+    "sparsity_config": (None, {}),
+    "moe_sparsity_config": (None,),
+    "transform_config": (None, {}),
+    "global_compression_ratio": None,
+    "version": None,
+}
+_GROUP = {
+    "targets": None,
+    "weights": None,
+    "input_activations": (None,),
+    "output_activations": (None,),
+    "format": (None, FORMAT),
+}
+_WEIGHTS = {
+    "num_bits": None,
+    "type": ("int",),
+    "symmetric": (True,),
+    "strategy": ("channel", "group"),
+    "group_size": None,
+    "dynamic": (False,),
+    "block_structure": (None,),
+    "scale_dtype": (None,),
+    "actorder": (None, "weight", "static"),  # the order of calibration, which leaves no trace in the tensors
+    "observer": None,  # how the scales were found
+    "observer_kwargs": None,
+    "zp_dtype": None,  # symmetric weights have no zero points
+}
+
+
+class Group(NamedTuple):
+    """One config group: the modules that it names, and the codes of their weights."""
+
+    targets: list[str]
+    spec: QuantSpec
+
+
+def describe(specs: Mapping[str, QuantSpec], linears: Collection[str]) -> dict[str, Any]:
+    """The `quantization_config` for quantized modules (name -> symmetric spec) among all Linear modules of a model."""
+    groups = [_describe_group(spec, _targets(spec, specs)) for spec in dict.fromkeys(specs.values())]
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": [module for module in linears if module not in specs],
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+    }
+
+
+def read_groups(quantization_config: Mapping[str, Any]) -> list[Group]:
+    """The groups of a `quantization_config`, of which nothing is ignored that could change what the codes mean.
+
+    Raises:
+      ValueError: a key or a value is not understood.
+    """
+    _check("quantization_config", quantization_config, _TOP)
+    groups = quantization_config.get("config_groups")
+    if not isinstance(groups, dict):
+        raise ValueError(f"quantization_config: config_groups={groups!r} is not supported; expected named groups")
+    return [_read_group(f"quantization_config: {name}", group) for name, group in groups.items()]
+
+
+def find_spec(module: str, groups: list[Group]) -> QuantSpec:
+    """The spec of a module: the group that names it, else the first whose pattern fits, else that of all Linears.
+
+    Raises:
+      ValueError: there is none, or a pattern is no regular expression.
+    """
+    for fits in (_is_name, _is_pattern, _is_class):
+        for group in groups:
+            if any(fits(target, module) for target in group.targets):
+                return group.spec
+    raise ValueError(f"{module} is packed, but no group of the quantization_config names it")
+
+
+def _describe_group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if spec.group_size is None else "group",
+        "group_size": spec.group_size,
+        "dynamic": False,
+    }
+    activations = {"input_activations": None, "output_activations": None}
+    return {"targets": targets, "weights": weights, **activations, "format": FORMAT}
+
+
+def _targets(spec: QuantSpec, specs: Mapping[str, QuantSpec]) -> list[str]:
+    """What names the modules of one spec and no module of another."""
+    if set(specs.values()) == {spec}:
+        return ["Linear"]
+    patterns: dict[str, set[QuantSpec]] = {}
+    for module, other in specs.items():
+        patterns.setdefault(_pattern(module), set()).add(other)
+    mine = [module for module, other in specs.items() if other == spec]
+    return list(dict.fromkeys(p if len(patterns[p := _pattern(m)]) == 1 else m for m in mine))
+
+
+def _pattern(module: str) -> str:
+    """A pattern for the module and its like in all layers (and experts)."""
+    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in module.split("."))
+    return "re:^" + r"\.".join(parts) + "$"
+
+
+def _read_group(where: str, group: Any) -> Group:
+    _check(where, group, _GROUP)
+    weights, targets = group.get("weights"), group.get("targets")
+    _check(f"{where}: weights", weights, _WEIGHTS)
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{where}: targets={targets!r} is not supported; expected names")
+    strategy, group_size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None or (strategy == "group" and group_size is None):
+        raise ValueError(f"{where}: strategy={strategy!r} with group_size={group_size!r} is not supported")
+    group_size = None if strategy == "channel" else group_size
+    try:
+        return Group(targets, QuantSpec(bits=weights.get("num_bits"), group_size=group_size))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check(where: str, given: Any, understood: Mapping[str, tuple | None]) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: {given!r} is not supported; expected an object")
+    for key, value in given.items():
+        if key not in understood or (understood[key] is not None and value not in understood[key]):
+            raise ValueError(f"{where}: {key}={value!r} is not supported")
+
+
+def _is_name(target: str, module: str) -> bool:
+    return target == module
+
+
+def _is_pattern(target: str, module: str) -> bool:
+    try:
+        return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+    except re.error as error:
+        raise ValueError(f"quantization_config: the target {target!r} is no regular expression ({error})") from error
+
+
+def _is_class(target: str, module: str) -> bool:
+    return target == "Linear"

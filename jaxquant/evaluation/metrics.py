@@ -1,0 +1,165 @@
+"""How well a model predicts tokens, alone and against another; for any function that gives logits.
+
+Tokens of one window are not independent, so standard errors are taken over windows: with m_w a window's sum of some
+measure and n_w its tokens, the mean is Σm_w / Σn_w and its error that of a ratio estimate (Cochran, Sampling
+Techniques, 2.30). Differences are paired: both models see the same windows, and what makes a text hard for both
+cancels.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.evaluation.windows import batches, cut_windows
+
+LogitsFunction = Callable[[Any, jax.Array], jax.Array]  # (params, tokens [batch, time]) -> [batch, time, vocab]
+
+
+class Estimate(NamedTuple):
+    """A mean per token, and the standard error of it."""
+
+    mean: float
+    stderr: float
+
+
+class Comparison(NamedTuple):
+    """A model against a baseline, on the same tokens.
+
+    Attributes:
+      tokens: predictions that were scored.
+      perplexity, baseline_perplexity: exp of the mean negative log-likelihood.
+      loss_increase: mean negative log-likelihood minus the baseline's, nats per token, paired.
+      kl: mean KL(baseline ‖ model) of the predicted distributions, nats per token.
+      top1_agreement: share of predictions whose most likely token is the baseline's.
+    """
+
+    tokens: int
+    perplexity: float
+    baseline_perplexity: float
+    loss_increase: Estimate
+    kl: Estimate
+    top1_agreement: Estimate
+
+
+def perplexity(
+    fn: LogitsFunction,
+    params: Any,
+    tokens: Any,
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """exp of the mean negative log-likelihood of each token given those before it in its window.
+
+    Args:
+      fn: `fn(params, tokens [batch, time]) -> logits [batch, time, vocab]`.
+      params: its parameters.
+      tokens: integers, one stream `[n]` or independent streams `[streams, time]`.
+      context: tokens per window, at most the model's context length.
+      stride: distance between windows, see `cut_windows`.
+      batch_size: windows that run together.
+      progress: called with (windows done, windows in all).
+
+    Raises:
+      ValueError: as `cut_windows`, or a prediction that is not finite.
+    """
+
+    def sums(window, scored):
+        return (_loss_sums(fn, params, window, scored),)
+
+    count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress)
+    return math.exp(_estimate(loss, count).mean)
+
+
+def compare(
+    fn: LogitsFunction,
+    params: Any,
+    baseline_params: Any,
+    tokens: Any,
+    *,
+    baseline_fn: LogitsFunction | None = None,
+    context: int = 512,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Compares a model, such as a quantized one, with a baseline on the same tokens.
+
+    Args:
+      fn: the model's function, as in `perplexity`.
+      params: its parameters.
+      baseline_params: the baseline's.
+      tokens: as in `perplexity`, like the arguments below.
+      baseline_fn: the baseline's function; None is `fn`.
+      context: tokens per window.
+      stride: distance between windows.
+      batch_size: windows that run together.
+      progress: called with (windows done, windows in all).
+
+    Raises:
+      ValueError: as `perplexity`.
+    """
+
+    def sums(window, scored):
+        return _paired_sums(fn, baseline_fn or fn, params, baseline_params, window, scored)
+
+    count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress)
+    return Comparison(
+        tokens=int(count.sum()),
+        perplexity=math.exp(_estimate(loss, count).mean),
+        baseline_perplexity=math.exp(_estimate(base, count).mean),
+        loss_increase=_estimate(loss - base, count),
+        kl=_estimate(kl, count),
+        top1_agreement=_estimate(agree, count),
+    )
+
+
+def _over_windows(sums, tokens, context, stride, batch_size, progress):
+    """Scored tokens per window, and each measure's sum per window."""
+    windows = cut_windows(tokens, context, stride)
+    total, results = len(windows.tokens), []
+    for i, batch in enumerate(batches(windows, batch_size)):
+        results.append([np.asarray(a, np.float64) for a in sums(batch.tokens, batch.scored)])
+        if progress is not None:
+            progress(min((i + 1) * batch_size, total), total)
+    measures = [np.concatenate(parts)[:total] for parts in zip(*results, strict=True)]
+    if not all(np.isfinite(m).all() for m in measures):
+        raise ValueError(
+            "a prediction is not finite: the parameters hold NaN or infinity, or a token is no vocabulary id"
+        )
+    return windows.scored.sum(1), measures
+
+
+def _estimate(sums: np.ndarray, count: np.ndarray) -> Estimate:
+    mean = sums.sum() / count.sum()
+    n = len(sums)
+    residual = np.square(sums - mean * count).sum()
+    return Estimate(float(mean), math.sqrt(residual * n / (n - 1)) / count.sum() if n > 1 else math.nan)
+
+
+def _log_probabilities(fn, params, tokens):
+    return jax.nn.log_softmax(fn(params, tokens)[:, :-1].astype(jnp.float32), -1)
+
+
+def _losses(log_probabilities, tokens):
+    return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], -1)[..., 0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_sums(fn, params, tokens, scored):
+    return jnp.sum(jnp.where(scored, _losses(_log_probabilities(fn, params, tokens), tokens), 0), -1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _paired_sums(fn, baseline_fn, params, baseline_params, tokens, scored):
+    new, old = _log_probabilities(fn, params, tokens), _log_probabilities(baseline_fn, baseline_params, tokens)
+    kl = jnp.sum(jnp.exp(old) * (old - new), -1)
+    agree = (jnp.argmax(new, -1) == jnp.argmax(old, -1)).astype(jnp.float32)
+    return tuple(jnp.sum(jnp.where(scored, m, 0), -1) for m in (_losses(new, tokens), _losses(old, tokens), kl, agree))
