@@ -57,7 +57,6 @@ TOKENIZER_CONFIG = {
     "bos_token": END_OF_TEXT,
     "eos_token": END_OF_TEXT,
     "clean_up_tokenization_spaces": False,
-    "model_max_length": HF_CONFIG["max_position_embeddings"],
 }
 CONFIG = from_hf(HF_CONFIG)
 DECODER = Decoder(CONFIG, jnp.dtype("float32"))
@@ -114,6 +113,9 @@ def mean_loss(params, rows: jax.Array) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
 
 
+jitted_loss = jax.jit(mean_loss)
+
+
 def make_optimizer(steps: int) -> optax.GradientTransformation:
     def schedule(peak):
         return optax.warmup_cosine_decay_schedule(0.0, peak, min(WARM_UP, steps // 2), steps, peak / 20)
@@ -146,9 +148,6 @@ def held_out_loss(params, rows: np.ndarray) -> float:
     return float(np.mean([jitted_loss(rounded, batch) for batch in rows]))
 
 
-jitted_loss = jax.jit(mean_loss)
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
@@ -176,8 +175,8 @@ def report(out: Path, state: dict, steps: int, facts: dict) -> None:
         "planned_steps": steps,
         "tokens": int(state["step"]) * BATCH * CONTEXT,
         "seconds": round(float(state["seconds"]), 1),
-        "train_curve": {"tokens": curve[:, 0].tolist(), "loss": curve[:, 1].round(4).tolist()},
-        "held_out_curve": {"tokens": held_out[:, 0].tolist(), "loss": held_out[:, 1].round(4).tolist()},
+        "train_curve": {"tokens": curve[:, 0].astype(int).tolist(), "loss": curve[:, 1].round(4).tolist()},
+        "held_out_curve": {"tokens": held_out[:, 0].astype(int).tolist(), "loss": held_out[:, 1].round(4).tolist()},
     }
     write_atomically(out / "train_tinylm.json", json.dumps(record, indent=1).encode() + b"\n")
     plot(out / "train_tinylm.png", curve, held_out)
@@ -240,7 +239,6 @@ def main() -> None:
     tokenizer = train_tokenizer(train_texts)
     documents, held_out = tokenize(tokenizer, train_texts), packed_rows(tokenize(tokenizer, held_out_texts))
     held_out_sample = held_out[:: len(held_out) // ROWS_AT_CHECKPOINT]
-    held_out_bytes = sum(len(text.encode()) for text in held_out_texts)
     facts = {
         "command": f"python benchmarks/train_tinylm.py --out DIR --steps {args.steps}",
         "device": f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores)",
@@ -248,7 +246,7 @@ def main() -> None:
         "python": platform.python_version(),
         "tokens_in_one_pass": sum(map(len, documents)),
         "held_out_tokens": held_out[:, 1:].size,
-        "held_out_tokens_per_byte": held_out[:, 1:].size / held_out_bytes,
+        "held_out_tokens_per_byte": held_out[:, 1:].size / sum(len(text.encode()) for text in held_out_texts),
     }
     optimizer = make_optimizer(args.steps)
     start = initial_state(optimizer)

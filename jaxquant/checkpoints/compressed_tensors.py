@@ -43,7 +43,7 @@ def write_compressed_tensors(
     Args:
       directory: an existing directory without safetensors.
       hf_config: the model's config.json.
-      tensors: by Hugging Face's names; floating arrays `[out, in]` as they lie in a checkpoint, and QTensors `[in, out]`
+      tensors: by Hugging Face's names. Floating arrays `[out, in]` as they lie in a checkpoint; QTensors `[in, out]`
         under the names of the weights that they stand for ("model.layers.0.mlp.up_proj.weight").
       linears: every Linear module of the model, quantized or not, a tied output head included.
 
@@ -85,12 +85,12 @@ def unpack(packed: np.ndarray, scale: np.ndarray, k: int, spec: QuantSpec) -> QT
     """The QTensor `[k, N]` of `weight_packed` and `weight_scale`: the inverse of `pack`, with the scale's dtype."""
     rows = np.ascontiguousarray(packed).view(np.uint8)
     stream = jnp.asarray(_resized(rows, packed_size(k, spec.bits)).T)
-    scale = jnp.asarray(scale.T)
+    scales = jnp.asarray(scale.T)
     if spec.bits <= PACKED_BITS:
-        return QTensor(stream, scale, None, spec, scale.dtype.name, (-2,), (-1,), (k,))
+        return QTensor(stream, scales, None, spec, scale.dtype.name, (-2,), (-1,), (k,))
     unsigned = unpack_bits(stream, spec.bits, k, 0)
     codes = (unsigned.astype(jnp.int16) - jnp.int16(2 ** (spec.bits - 1))).astype(jnp.int8)
-    return QTensor.from_codes(codes, scale, None, spec, dtype=scale.dtype)
+    return QTensor.from_codes(codes, scales, None, spec, dtype=scale.dtype)
 
 
 class CompressedTensors(Mapping[str, Any]):
@@ -193,8 +193,8 @@ def _misfit(q: QTensor) -> str | None:
         )
     if q.dtype not in MODEL_DTYPES or q.scale.dtype.name != q.dtype:
         return (
-            f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so both "
-            f"must be the same one of {', '.join(MODEL_DTYPES)}"
+            f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so "
+            f"both must be the same one of {', '.join(MODEL_DTYPES)}"
         )
     if len(jax.tree.leaves(q)) > 2:
         return "it holds more than codes and scales"

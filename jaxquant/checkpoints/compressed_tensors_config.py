@@ -15,7 +15,8 @@ METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 
 # What is understood of each key when a configuration is read: its values, or None where any will do.
-_TOP = {
+Understood = Mapping[str, tuple | None]
+_TOP: Understood = {
     "quant_method": (METHOD,),
     "format": (FORMAT,),
     "quantization_status": ("compressed",),
@@ -28,14 +29,14 @@ _TOP = {
     "global_compression_ratio": None,
     "version": None,
 }
-_GROUP = {
+_GROUP: Understood = {
     "targets": None,
     "weights": None,
     "input_activations": (None,),
     "output_activations": (None,),
     "format": (None, FORMAT),
 }
-_WEIGHTS = {
+_WEIGHTS: Understood = {
     "num_bits": None,
     "type": ("int",),
     "symmetric": (True,),
@@ -144,11 +145,12 @@ def _read_group(where: str, group: Any) -> Group:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check(where: str, given: Any, understood: Mapping[str, tuple | None]) -> None:
+def _check(where: str, given: Any, understood: Understood) -> None:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: {given!r} is not supported; expected an object")
     for key, value in given.items():
-        if key not in understood or (understood[key] is not None and value not in understood[key]):
+        values = understood.get(key, ())
+        if values is not None and value not in values:
             raise ValueError(f"{where}: {key}={value!r} is not supported")
 
 

@@ -1,0 +1,80 @@
+"""What calibration costs, against the forward pass and the Gram products that it cannot do without.
+
+    python benchmarks/calibration_cost.py
+
+The bound is the same forward pass, followed by the Gram matrix of each distinct product input of the same shapes, as
+plain jitted JAX. All run in turn, in one process; medians of ratios.
+"""
+
+import argparse
+import time
+from statistics import median
+
+import environment
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jaxquant as jq
+from jaxquant import workflows
+
+BATCH, TIME = 8, 512
+
+
+def seconds(run) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def bound(model, params, tokens):
+    """The forward pass, and one Gram product for each input of the packaged model's linear layers."""
+    c = model.config
+    widths = [c.hidden_size, c.num_heads * c.head_dim, c.hidden_size, c.intermediate_size]
+    xs = [jax.random.normal(jax.random.key(i), (BATCH * TIME, k)) for i, k in enumerate(widths)]
+
+    @jax.jit
+    def run(params, tokens, xs):
+        def step(grams, _):
+            scaled = [x * (1 + 0 * g[0, 0]) for x, g in zip(xs, grams, strict=True)]  # not hoisted out of the loop
+            return [
+                g + jnp.matmul(x.T, x, precision=lax.Precision.HIGHEST) for g, x in zip(grams, scaled, strict=True)
+            ], None
+
+        grams = lax.scan(step, [jnp.zeros((k, k)) for k in widths], length=c.num_layers)[0]
+        return model.apply(params, tokens), grams
+
+    return lambda: run(params, tokens, xs)
+
+
+def main(rounds: int) -> None:
+    model, params = jq.load_pretrained(workflows.TINYLM, dtype="float32")
+    samples = workflows.calibration_samples(model, workflows.Text(workflows.TINYLM), None, BATCH * rounds, TIME)
+    batches = [jnp.asarray(samples[i : i + BATCH]) for i in range(0, len(samples), BATCH)]
+    recipe = model.recipe(jq.RTN(jq.int4()))
+    floor = bound(model, params, batches[0])
+    forward = lambda: [model.apply(params, b) for b in batches]  # noqa: E731
+    bare = lambda: [floor() for _ in batches]  # noqa: E731
+    whole = lambda n: (
+        jq.calibrate(model.apply, params, batches[:n], recipe=recipe).products["layers/mlp/up_proj/kernel"].inputs.gram
+    )  # noqa: E731,E501
+    seconds(forward), seconds(bare)
+    rows = []
+    for _ in range(3):
+        compile_and_one = seconds(lambda: whole(1))
+        everything = seconds(lambda: whole(len(batches)))
+        run = (everything - compile_and_one) * len(batches) / (len(batches) - 1)
+        rows.append((seconds(forward), seconds(bare), run, compile_and_one))
+    forward_s, bound_s, run_s, first_s = (median(column) for column in zip(*rows, strict=True))
+    print(environment.line() + "\n")
+    print("| | seconds | ÷ (forward + Gram) |\n|---|---|---|")
+    print(f"| forward | {forward_s:.2f} | {forward_s / bound_s:.2f} |")
+    print(f"| forward + Gram products | {bound_s:.2f} | 1 |")
+    print(f"| `calibrate`, run | {run_s:.2f} | {run_s / bound_s:.2f} |")
+    print(f"| `calibrate`, trace + compile + one batch | {first_s:.2f} | |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=8, help="batches of 8 × 512 tokens (default: %(default)s)")
+    main(parser.parse_args().rounds)

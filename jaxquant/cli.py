@@ -1,0 +1,185 @@
+"""The command line: parses, calls, prints."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jaxquant import demo, workflows
+from jaxquant.methods.gptq import GPTQ
+from jaxquant.methods.rtn import RTN
+from jaxquant.numerics.spec import QuantSpec
+
+MODEL_HELP = 'directory of a checkpoint, hub id, or "tinylm" for the packaged model'
+DATA_HELP = "file of text (.txt, .jsonl with a text field) or token ids (.npy, flat or [samples, time]); default: "
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for bad input (one line says which), 2 for a wrong usage."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:  # what this package raises for bad input; anything else is a defect
+        print(f"jaxquant: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("jaxquant", description="Quantizes large language models in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_quantize(commands)
+    _add_evaluate(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _add_demo(commands) -> None:
+    parser = _add(commands, "demo", _demo, "quantize the packaged model by every method at 8, 4, 3 and 2 bits")
+    parser.add_argument(
+        "--out", default="jaxquant-demo", help="directory for the table and plots (default: %(default)s)"
+    )
+
+
+def _add_quantize(commands) -> None:
+    parser = _add(commands, "quantize", _quantize, "quantize the linear layers of a checkpoint")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--method", choices=("rtn", "gptq"), default="gptq", help="default: %(default)s")
+    parser.add_argument("--bits", type=int, default=4, metavar="B", help="2 to 8 (default: %(default)s)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--group-size", type=int, default=128, metavar="G",
+                       help="input channels that share a scale (default: %(default)s)")  # fmt: skip
+    group.add_argument("--per-channel", action="store_true", help="one scale per output channel")
+    parser.add_argument("--asymmetric", action="store_true", help="use zero points")
+    parser.add_argument("--no-act-order", action="store_true", help="GPTQ: keep the order of the input channels")
+    parser.add_argument("--calibration", metavar="FILE", help=DATA_HELP + "Python's standard library")
+    parser.add_argument("--num-samples", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seq-len", type=int, default=512, metavar="T", help="tokens per sample (default: %(default)s)"
+    )
+    parser.add_argument("--format", choices=("jaxquant", "compressed-tensors"), default="jaxquant",
+                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in DIR")
+
+
+def _add_evaluate(commands) -> None:
+    parser = _add(commands, "evaluate", _evaluate, "perplexity of a checkpoint, alone or against a baseline")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--baseline", metavar="MODEL", help="compare with this model on the same tokens")
+    parser.add_argument("--data", metavar="FILE", help=DATA_HELP + "held-out files of Python's standard library")
+    parser.add_argument("--context", type=int, default=512, metavar="T",
+                        help="tokens that the model sees at once (default: %(default)s)")  # fmt: skip
+
+
+def _add_inspect(commands) -> None:
+    parser = _add(commands, "inspect", _inspect, "list the parameters of a checkpoint")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def _demo(args) -> None:
+    with _progress() as progress:
+        result = demo.run(progress)
+    files = demo.save(result, Path(args.out))
+    if args.json:
+        return _print_json(dataclasses.asdict(result))
+    table = Table(caption=f"float: {result.float_size / 1e6:.2f} MB, perplexity {result.float_perplexity:.3f}; "
+                          f"groups of {result.group_size}; {result.evaluation_tokens:,} held-out tokens")  # fmt: skip
+    for column in ("method", "bits", "size MB", "bits/weight", "perplexity", "loss increase", "KL", "top-1", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in result.rows:
+        table.add_row(row.method, str(row.bits), f"{row.size / 1e6:.2f}", f"{row.bits_per_weight:.3f}",
+                      f"{row.perplexity:.3f}", f"{row.loss_increase:+.4f} ± {row.loss_stderr:.4f}", f"{row.kl:.4f}",
+                      f"{row.top1_agreement:.1%}", f"{row.seconds:.1f}")  # fmt: skip
+    Console().print(table)
+    print("written:", *files)
+
+
+def _quantize(args) -> None:
+    group_size = None if args.per_channel else args.group_size
+    spec = QuantSpec(bits=args.bits, group_size=group_size, symmetric=not args.asymmetric)
+    config = RTN(spec) if args.method == "rtn" else GPTQ(spec, act_order=not args.no_act_order)
+    with _progress() as progress:
+        report = workflows.quantize_checkpoint(
+            args.model,
+            args.out,
+            config,
+            calibration=args.calibration,
+            num_samples=args.num_samples,
+            seq_len=args.seq_len,
+            format=args.format,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    if args.json:
+        return _print_json({"out": args.out, "format": args.format, **report.to_dict()})
+    Console().print(report.table())
+    print(f"written: {args.out} ({args.format})")
+
+
+def _evaluate(args) -> None:
+    with _progress() as progress:
+        result = workflows.evaluate_checkpoint(
+            args.model, baseline=args.baseline, data=args.data, context=args.context, progress=progress
+        )
+    comparison = result.comparison
+    if args.json:
+        return _print_json(result._asdict() | {"comparison": comparison and _plain(comparison)})
+    print(f"perplexity {result.perplexity:.4f} ({result.tokens:,} tokens, context {result.context})")
+    if comparison:
+        print(f"baseline   {comparison.baseline_perplexity:.4f}")
+        for name in ("loss_increase", "kl", "top1_agreement"):
+            estimate = getattr(comparison, name)
+            print(f"{name.replace('_', ' '):<15}{estimate.mean:+.5f} ± {estimate.stderr:.5f}")
+
+
+def _inspect(args) -> None:
+    leaves = workflows.inspect_checkpoint(args.model)
+    total = sum(leaf.nbytes for leaf in leaves)
+    if args.json:
+        return _print_json({"nbytes": total, "leaves": [leaf._asdict() for leaf in leaves]})
+    table = Table(caption=f"{total:,} bytes in memory")
+    for column in ("parameter", "shape", "stored as", "bytes"):
+        table.add_column(column, justify="right" if column == "bytes" else "left")
+    for leaf in leaves:
+        table.add_row(leaf.path, "×".join(map(str, leaf.shape)), leaf.stored_as, f"{leaf.nbytes:,}")
+    Console().print(table)
+
+
+def _plain(comparison) -> dict[str, Any]:
+    return {k: v._asdict() if hasattr(v, "_asdict") else v for k, v in comparison._asdict().items()}
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=1))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[workflows.Progress]:
+    """Progress bars on standard error, one per kind of work."""
+    columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress

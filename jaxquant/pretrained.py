@@ -1,0 +1,172 @@
+"""Models from and to disk: where `models`, which knows names, meets `checkpoints`, which knows files."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from jaxquant.checkpoints.compressed_tensors import MODEL_DTYPES, CompressedTensors, write_compressed_tensors
+from jaxquant.checkpoints.compressed_tensors_config import METHOD
+from jaxquant.checkpoints.directory import new_directory
+from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
+from jaxquant.checkpoints.json_file import read_json, write_json
+from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
+from jaxquant.checkpoints.tensors import Tensors
+from jaxquant.models.config import FAMILIES, DecoderConfig
+from jaxquant.models.model import Model
+from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors_from_params
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.spec import QuantSpec
+
+Format = Literal["jaxquant", "compressed-tensors"]
+_SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
+_STORAGE = "quantization_config"  # how the tensors were stored, which is no property of the loaded model
+
+
+def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> tuple[Model, Any]:
+    """Loads a model and its parameters.
+
+    Args:
+      name: a local directory, or a hub id ("owner/model"). Read are float checkpoints in safetensors, what `save`
+        writes in any format, and compressed-tensors' symmetric `pack-quantized` weights from elsewhere.
+      dtype: of the computation; None takes that of the largest parameter.
+
+    Returns:
+      `(model, params)`: `model.apply(params, tokens)` gives logits `[batch, time, vocab]`. Parameters have the dtype
+      that they are stored in, kernels of the layers are stacked to `[layers, in, out]`, quantized ones are QTensors.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint, or one of its files is missing.
+      ValueError: a file is damaged, or the architecture or the quantization is not supported.
+    """
+    directory = find_checkpoint(name)
+    if (directory / HEADER).is_file() and not (directory / CONFIG).is_file():
+        raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
+    hf_config = read_json(directory / CONFIG)
+    storage = hf_config.pop(_STORAGE, None)
+    model = Model.from_hf({**hf_config, _SOURCE: os.path.abspath(directory)})
+    if (directory / HEADER).is_file():
+        params = read_tree(directory)
+        _check_parameters(model.config, params)
+    else:
+        params = params_from_tensors(model.config, _open(directory, storage, model.config))
+    largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
+    return dataclasses.replace(model, dtype=jnp.dtype(largest.dtype if dtype is None else dtype)), params
+
+
+def save(
+    path: str | os.PathLike, model: Model | None, params: Any, *, format: Format = "jaxquant", overwrite: bool = False
+) -> None:
+    """Writes parameters, and the model's configuration and tokenizer, into a new directory.
+
+    The tokenizer and the generation settings are copied from the directory that the model was loaded from.
+
+    Args:
+      path: the directory; it appears whole or not at all, after what was written has been read back.
+      model: the model from `load_pretrained`. None writes a bare tree of any shape, for `load`.
+      params: its parameters, quantized or not. Without a model: nested dicts, lists and tuples of arrays and QTensors.
+      format: "jaxquant" keeps everything bit for bit; "compressed-tensors" is read by vLLM and transformers.
+      overwrite: replaces an existing checkpoint.
+
+    Raises:
+      FileExistsError: the directory exists, and is not empty or no checkpoint; see `new_directory`.
+      ValueError: the format is unknown or cannot express the parameters, or these are not the model's.
+      TypeError: the tree holds something that is no array, or the model is not one of jaxquant's.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is not one of {', '.join(get_args(Format))}")
+    if model is None and format != "jaxquant":
+        raise ValueError(f"format={format!r} needs a model; a bare tree is saved with format='jaxquant'")
+    if not isinstance(model, Model | None):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a model from load_pretrained, or None for a bare tree"
+        )
+    with new_directory(path, overwrite=overwrite) as directory:
+        if model is None:
+            write_tree(directory, params)
+        else:
+            _write_model(directory, model, params, format)
+
+
+def load(path: str | os.PathLike) -> Any:
+    """Reads the parameter tree of a directory that `save` wrote with format "jaxquant".
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged.
+    """
+    return load_tree(path)
+
+
+def _open(directory: Path, storage: Any, config: DecoderConfig) -> Mapping[str, Any]:
+    """The tensors of a Hugging Face directory."""
+    if storage is None:
+        floats = Tensors(directory)
+        for name in floats:
+            dtype, _ = floats.layout(name)
+            if dtype not in MODEL_DTYPES:
+                raise ValueError(f"{directory}: tensor {name} is {dtype}; expected one of {', '.join(MODEL_DTYPES)}")
+        return floats
+    method = storage.get("quant_method") if isinstance(storage, dict) else storage
+    if method != METHOD:
+        raise ValueError(f"{directory / CONFIG}: quant_method={method!r} is not read; supported: {METHOD}")
+    packed = CompressedTensors(directory, storage)
+    _check_stacks(config, packed.specs)
+    return packed
+
+
+def _check_stacks(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> None:
+    """A stack of layers is one array, so all of them must be quantized alike."""
+    for entry in FAMILIES[config.architecture].tensors:
+        found = {specs.get(entry.name.format(layer=layer)) for layer in range(config.num_layers)}
+        if len(found) > 1:
+            raise ValueError(
+                f"{entry.name} is not quantized alike in all layers ({', '.join(map(str, found))}); "
+                "layers are stacked, and a stack has one spec"
+            )
+
+
+def _check_parameters(config: DecoderConfig, params: Any) -> None:
+    expected = parameter_shapes(config)
+    flat = traverse_util.flatten_dict(params) if isinstance(params, dict) else {}
+    found = {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+    for path in sorted(expected.keys() | found.keys()):
+        shape = getattr(found.get(path), "shape", None)
+        if shape != expected.get(path):
+            raise ValueError(
+                f"params: {path} has shape {shape}, but the {config.architecture} of config.json has "
+                f"{expected.get(path)}; None means that there is none"
+            )
+
+
+def _write_model(directory: Path, model: Model, params: Any, format: Format) -> None:
+    hf_config = json.loads(model.hf_config)
+    source = hf_config.pop(_SOURCE, None)
+    _check_parameters(model.config, params)
+    if format == "jaxquant":
+        write_tree(directory, params)
+        write_json(directory / CONFIG, hf_config)
+    else:
+        tensors = tensors_from_params(model.config, params)
+        write_compressed_tensors(directory, hf_config, tensors, _linears(model.config))
+    if source is not None:
+        copy_companions(Path(source), directory)
+
+
+def _linears(config: DecoderConfig) -> list[str]:
+    """Hugging Face's names of all Linear modules; the output head is one even where it shares its weight."""
+    family = FAMILIES[config.architecture]
+    weights = [
+        entry.name.format(layer=layer)
+        for entry in (*family.tensors, family.head)
+        if entry.transposed
+        for layer in range(config.num_layers if entry.stacked else 1)
+    ]
+    return [weight.removesuffix(".weight") for weight in weights]

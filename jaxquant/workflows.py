@@ -1,0 +1,206 @@
+"""Whole jobs on checkpoints: load, calibrate, quantize, save; load and evaluate. The command line calls these."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from transformers import AutoTokenizer
+
+from jaxquant import pretrained
+from jaxquant.checkpoints.huggingface import find_checkpoint
+from jaxquant.evaluation.corpus import standard_library_text
+from jaxquant.evaluation.data import read_tokens, take_samples
+from jaxquant.evaluation.metrics import Comparison, compare, perplexity
+from jaxquant.models.model import Model
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.quantize import quantize_params
+from jaxquant.transforms.report import Report
+
+TINYLM = Path(__file__).parent / "models" / "tinylm"  # the packaged model, "tinylm" wherever a model is asked for
+BATCH = 8  # sequences that run together in calibration and evaluation
+EVALUATION_SAMPLES = 64  # of the built-in text
+
+Progress = Callable[[str, int, int], None]  # (what, done, in all)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+def find_model(name: str) -> Path:
+    """The directory of a checkpoint: a local one, the packaged "tinylm", or one of the Hugging Face hub."""
+    return TINYLM if name == "tinylm" and not Path(name).exists() else find_checkpoint(name)
+
+
+class Text:
+    """A checkpoint's tokenizer, read when it is first needed: token files need none."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._tokenizer: Any = None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; ValueError where the checkpoint has none that can be read."""
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.directory, model_max_length=2**31)
+            except (OSError, ValueError, KeyError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(
+                    f"{self.directory} has no tokenizer that can be read ({reason}); give token ids as an .npy file"
+                ) from error
+        return self._tokenizer
+
+    def corpus(self, split: str, at_most: int) -> np.ndarray:
+        """Tokens `[n]` of one split of the built-in text, files separated by the end-of-text token if there is one."""
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        tokens: list[int] = []
+        files = standard_library_text(split)
+        stride = max(1, len(files) // 64)  # from all over the library, not its first letters
+        for text in (text for i in range(stride) for text in files[i::stride]):
+            tokens += self.encode(text) + end
+            if len(tokens) >= at_most:
+                break
+        return np.asarray(tokens[:at_most], np.int32)
+
+
+def calibration_samples(model: Model, text: Text, file: str | None, count: int, length: int) -> np.ndarray:
+    """Token samples `[count, length]` for calibration, from a file or the built-in text's training split."""
+    length = min(length, model.config.max_position_embeddings)
+    tokens = text.corpus("train", 8 * count * length) if file is None else read_tokens(file, text.encode)
+    model.check_tokens(tokens)
+    return take_samples(tokens, count, length)
+
+
+def evaluation_tokens(model: Model, text: Text, file: str | None, context: int) -> np.ndarray:
+    """Tokens to evaluate on: a whole file, or 64 contexts of the built-in text's held-out split."""
+    tokens = text.corpus("held_out", EVALUATION_SAMPLES * context) if file is None else read_tokens(file, text.encode)
+    model.check_tokens(tokens)
+    return tokens
+
+
+def batches(samples: np.ndarray, progress: Progress) -> Iterator[jax.Array]:
+    """Batches of calibration samples."""
+    for i in range(0, len(samples), BATCH):
+        progress("calibrating", i, len(samples))
+        yield jax.numpy.asarray(samples[i : i + BATCH])
+    progress("calibrating", len(samples), len(samples))
+
+
+def quantize_checkpoint(
+    name: str,
+    out: str,
+    config: Any,
+    *,
+    calibration: str | None = None,
+    num_samples: int = 128,
+    seq_len: int = 512,
+    format: str = "jaxquant",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Quantizes every linear layer of a checkpoint and writes the result to a directory.
+
+    Args:
+      name: checkpoint directory, "tinylm" or hub id.
+      out: directory to write.
+      config: a method config such as `GPTQ(int4(group_size=128))`.
+      calibration: file of text or token ids; None is the built-in text.
+      num_samples: calibration samples.
+      seq_len: tokens in each, cut to the model's context.
+      format: "jaxquant" or "compressed-tensors".
+      overwrite: replaces an existing checkpoint.
+      progress: called as the work goes on.
+
+    Raises:
+      ValueError, OSError: bad input; nothing is written.
+    """
+    pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
+    directory = find_model(name)
+    model, params = pretrained.load_pretrained(directory)
+    if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
+        raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
+    recipe = model.recipe(config)
+    stats = None
+    if config.needs_statistics:
+        samples = calibration_samples(model, Text(directory), calibration, num_samples, seq_len)
+        stats = calibrate(model.apply, params, batches(samples, progress), recipe=recipe)
+    params, report = quantize_params(params, stats, recipe, progress=lambda *n: progress("quantizing", *n))
+    pretrained.save(out, model, params, format=format, overwrite=overwrite)
+    return report
+
+
+class Evaluation(NamedTuple):
+    """Perplexity of a checkpoint, and how it compares where a baseline was given."""
+
+    tokens: int
+    context: int
+    perplexity: float
+    comparison: Comparison | None
+
+
+def evaluate_checkpoint(
+    name: str, *, baseline: str | None = None, data: str | None = None, context: int = 512, progress: Progress = silent
+) -> Evaluation:
+    """Perplexity of a checkpoint, alone or against a baseline.
+
+    Args:
+      name: checkpoint directory, "tinylm" or hub id.
+      baseline: another, with the same vocabulary.
+      data: file of text or token ids; None is the built-in held-out text.
+      context: tokens that the model sees at once, cut to its context length.
+      progress: called as the work goes on.
+
+    Raises:
+      ValueError, OSError: bad input.
+    """
+    directory = find_model(name)
+    model, params = pretrained.load_pretrained(directory)
+    context = min(context, model.config.max_position_embeddings)
+    tokens = evaluation_tokens(model, Text(directory), data, context)
+    options = {"context": context, "batch_size": BATCH, "progress": lambda *n: progress("evaluating", *n)}
+    if baseline is None:
+        return Evaluation(tokens.size, context, perplexity(model.apply, params, tokens, **options), None)
+    other, other_params = pretrained.load_pretrained(find_model(baseline))
+    if other.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the baseline has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}; "
+            "only models with the same tokenizer can be compared"
+        )
+    result = compare(model.apply, params, other_params, tokens, baseline_fn=other.apply, **options)
+    return Evaluation(tokens.size, context, result.perplexity, result)
+
+
+class Leaf(NamedTuple):
+    """One leaf of a checkpoint's parameter tree."""
+
+    path: str
+    shape: tuple[int, ...]
+    stored_as: str
+    nbytes: int
+
+
+def inspect_checkpoint(name: str) -> list[Leaf]:
+    """The leaves of a checkpoint, as memory holds them."""
+    _, params = pretrained.load_pretrained(find_model(name))
+    return list(_leaves(params))
+
+
+def _leaves(params: Any) -> Iterable[Leaf]:
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        spec = leaf.spec if is_qtensor(leaf) else None
+        kind = str(leaf.dtype)
+        if spec is not None:
+            symmetry = "symmetric" if spec.symmetric else "asymmetric"
+            group = f"groups of {spec.group_size}" if spec.group_size else str(spec.granularity).replace("_", " ")
+            kind = f"{spec.bits} bits, {group}, {symmetry}"
+        yield Leaf(path, tuple(leaf.shape), kind, leaf.nbytes)
