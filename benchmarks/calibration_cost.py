@@ -53,11 +53,17 @@ def main(rounds: int) -> None:
     batches = [jnp.asarray(samples[i : i + BATCH]) for i in range(0, len(samples), BATCH)]
     recipe = model.recipe(jq.RTN(jq.int4()))
     floor = bound(model, params, batches[0])
-    forward = lambda: [model.apply(params, b) for b in batches]  # noqa: E731
-    bare = lambda: [floor() for _ in batches]  # noqa: E731
-    whole = lambda n: (
-        jq.calibrate(model.apply, params, batches[:n], recipe=recipe).products["layers/mlp/up_proj/kernel"].inputs.gram
-    )  # noqa: E731,E501
+
+    def forward():
+        return [model.apply(params, batch) for batch in batches]
+
+    def bare():
+        return [floor() for _ in batches]
+
+    def whole(n):
+        stats = jq.calibrate(model.apply, params, batches[:n], recipe=recipe)
+        return [product.inputs for product in stats.products.values()]
+
     seconds(forward), seconds(bare)
     rows = []
     for _ in range(3):

@@ -73,7 +73,7 @@ class Demo:
 
 def run(progress: workflows.Progress = workflows.silent) -> Demo:
     """Quantizes the packaged model by each method at each width and evaluates each on held-out text."""
-    model, params = pretrained.load_pretrained(workflows.TINYLM)
+    model, params = pretrained.load_pretrained(workflows.TINYLM, dtype="float32")
     text = workflows.Text(workflows.TINYLM)
     samples = workflows.calibration_samples(model, text, None, *CALIBRATION)
     tokens = text.corpus("held_out", EVALUATION[0] * EVALUATION[1])

@@ -13,8 +13,8 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from jaxquant.checkpoints.compressed_tensors import MODEL_DTYPES, CompressedTensors, write_compressed_tensors
-from jaxquant.checkpoints.compressed_tensors_config import METHOD
-from jaxquant.checkpoints.directory import new_directory
+from jaxquant.checkpoints.compressed_tensors_config import METHOD, check_spec
+from jaxquant.checkpoints.directory import check_new_directory, new_directory
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
 from jaxquant.checkpoints.json_file import read_json, write_json
 from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
@@ -80,8 +80,7 @@ def save(
       ValueError: the format is unknown or cannot express the parameters, or these are not the model's.
       TypeError: the tree holds something that is no array, or the model is not one of jaxquant's.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"format={format!r} is not one of {', '.join(get_args(Format))}")
+    _check_format(format)
     if model is None and format != "jaxquant":
         raise ValueError(f"format={format!r} needs a model; a bare tree is saved with format='jaxquant'")
     if not isinstance(model, Model | None):
@@ -95,6 +94,16 @@ def save(
             _write_model(directory, model, params, format)
 
 
+def check_save(
+    path: str | os.PathLike, spec: QuantSpec, *, format: Format = "jaxquant", overwrite: bool = False
+) -> None:
+    """Checks, before hours of work, that `save` could write codes of `spec`. Arguments and errors as there."""
+    _check_format(format)
+    if format == "compressed-tensors":
+        check_spec(spec)
+    check_new_directory(path, overwrite=overwrite)
+
+
 def load(path: str | os.PathLike) -> Any:
     """Reads the parameter tree of a directory that `save` wrote with format "jaxquant".
 
@@ -103,6 +112,11 @@ def load(path: str | os.PathLike) -> Any:
       ValueError: a file is damaged.
     """
     return load_tree(path)
+
+
+def _check_format(format: str) -> None:
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is not one of {', '.join(get_args(Format))}")
 
 
 def _open(directory: Path, storage: Any, config: DecoderConfig) -> Mapping[str, Any]:

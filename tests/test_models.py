@@ -318,4 +318,4 @@ def test_tinylm_has_learned_more_than_its_training_text():
     tokens = np.array(tokenizer(text)["input_ids"][: 16 * 513]).reshape(16, 513)
     logits = model.apply(params_from_tensors(model.config, tensors), tokens[:, :-1])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-    assert loss < 4.0  # of log(4096) = 8.3
+    assert loss < 5.0  # a guess has log(4096) = 8.3

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.checkpoints.compressed_tensors_config import describe, find_spec, read_groups
+from jaxquant.checkpoints.compressed_tensors_config import check_spec, describe, find_spec, read_groups
 from jaxquant.checkpoints.huggingface import CONFIG
 from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.tensors import Tensors, same_bits, write_tensors
@@ -58,9 +58,9 @@ def write_compressed_tensors(
         stored |= {f"{module}.{part}": array for part, array in pack(q).items()}
     write_tensors(directory, stored)
     quantization_config = describe({module: q.spec for module, q in quantized.items()}, linears)
-    dtype_key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"  # transformers 4 and 5
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]  # transformers 5 and 4
     dtype = next(iter(quantized.values())).dtype
-    config = {**hf_config, dtype_key: dtype, "quantization_config": quantization_config}
+    config = {**hf_config, **dict.fromkeys(dtype_keys, dtype), "quantization_config": quantization_config}
     write_json(directory / CONFIG, config)
     read = CompressedTensors(directory, quantization_config)
     for module, q in quantized.items():
@@ -168,43 +168,37 @@ def _check_expressible(tensors: Mapping[str, Any], quantized: Mapping[str, QTens
     if not quantized:
         raise ValueError("nothing is quantized, and compressed-tensors stores quantized models; use format='jaxquant'")
     for name, leaf in tensors.items():
-        reason = _misfit(leaf) if is_qtensor(leaf) else _misfit_array(leaf)
-        if is_qtensor(leaf) and name.removesuffix(".weight") not in linears:
-            reason = "quantized but no Linear of the model, and others are not quantized in this format"
-        if reason:
-            raise ValueError(f"{name} cannot be written as compressed-tensors: {reason}; or use format='jaxquant'")
+        try:
+            if not is_qtensor(leaf):
+                _check_array(leaf)
+            elif name.removesuffix(".weight") not in linears:
+                raise ValueError("it is quantized but no Linear of the model; leave it as it is, or format='jaxquant'")
+            else:
+                _check_qtensor(leaf)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     dtypes = sorted({q.dtype for q in quantized.values()})
     if len(dtypes) > 1:
         raise ValueError(f"the quantized weights stand for weights of {dtypes}, but the format has one dtype per model")
 
 
-def _misfit(q: QTensor) -> str | None:
+def _check_qtensor(q: QTensor) -> None:
     q.validate()
-    spec = q.spec
-    if not spec.symmetric:
-        return "its codes are asymmetric, which is not supported here yet; use symmetric=True"
-    if spec.narrow_range:
-        return "narrow_range has no place in the format; use the full range"
-    if spec.granularity not in ("per_channel", "per_group"):
-        return f"its granularity is {spec.granularity}; use per_channel or a group_size"
+    check_spec(q.spec)
     if q.ndim != 2 or q.contract != (-2,):
-        return (
-            f"it is {list(q.shape)} contracted over {q.contract}; a matrix [in, out] contracted over (-2,) is expected"
-        )
+        raise ValueError(f"{list(q.shape)} contracted over {q.contract}; expected [in, out] contracted over (-2,)")
     if q.dtype not in MODEL_DTYPES or q.scale.dtype.name != q.dtype:
-        return (
+        raise ValueError(
             f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so "
             f"both must be the same one of {', '.join(MODEL_DTYPES)}"
         )
     if len(jax.tree.leaves(q)) > 2:
-        return "it holds more than codes and scales"
-    return None
+        raise ValueError("it holds more than codes and scales, which the format has no place for")
 
 
-def _misfit_array(array: Any) -> str | None:
+def _check_array(array: Any) -> None:
     if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.name not in MODEL_DTYPES:
-        return f"it is {array.dtype}; cast it to one of {', '.join(MODEL_DTYPES)}"
-    return None
+        raise ValueError(f"it is {array.dtype}; cast it to one of {', '.join(MODEL_DTYPES)}")
 
 
 def _words(k: int, bits: int) -> int:

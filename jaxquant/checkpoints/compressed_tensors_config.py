@@ -59,6 +59,19 @@ class Group(NamedTuple):
     spec: QuantSpec
 
 
+def check_spec(spec: QuantSpec) -> None:
+    """Raises ValueError, with the reason, for codes that the format cannot express or that are not written yet."""
+    reason = None
+    if not spec.symmetric:
+        reason = "asymmetric codes are not supported here yet; use symmetric=True"
+    elif spec.narrow_range:
+        reason = "narrow_range has no place in the format; use the full range"
+    elif spec.granularity not in ("per_channel", "per_group"):
+        reason = f"granularity {spec.granularity} is not supported; use per_channel or a group_size"
+    if reason:
+        raise ValueError(f"cannot be written as compressed-tensors: {reason}, or format='jaxquant'")
+
+
 def describe(specs: Mapping[str, QuantSpec], linears: Collection[str]) -> dict[str, Any]:
     """The `quantization_config` for quantized modules (name -> symmetric spec) among all Linear modules of a model."""
     groups = [_describe_group(spec, _targets(spec, specs)) for spec in dict.fromkeys(specs.values())]

@@ -32,16 +32,9 @@ def new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
       FileNotFoundError: the parent does not exist.
       OSError: the parent cannot be written to.
     """
-    target = Path(os.path.abspath(os.path.expanduser(path)))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
-    _recover(target)
-    _check_replaceable(target, overwrite)
+    target = check_new_directory(path, overwrite=overwrite)
     partial = _sibling(target, "partial")
-    try:
-        os.mkdir(partial)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write into {target.parent}: {error.strerror}") from error
+    os.mkdir(partial)
     try:
         with _locked(partial):
             yield partial
@@ -49,6 +42,18 @@ def new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
             _install(partial, target, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone if it was installed
+
+
+def check_new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """Returns `path` as an absolute path if `new_directory` could make it now. Arguments and errors as there."""
+    target = Path(os.path.abspath(os.path.expanduser(path)))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"cannot write into {target.parent}: no permission")
+    _recover(target)
+    _check_replaceable(target, overwrite)
+    return target
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

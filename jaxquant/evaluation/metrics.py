@@ -138,10 +138,10 @@ def _over_windows(sums, tokens, context, stride, batch_size, progress):
 
 
 def _estimate(sums: np.ndarray, count: np.ndarray) -> Estimate:
-    mean = sums.sum() / count.sum()
-    n = len(sums)
-    residual = np.square(sums - mean * count).sum()
-    return Estimate(float(mean), math.sqrt(residual * n / (n - 1)) / count.sum() if n > 1 else math.nan)
+    n, total = len(sums), int(count.sum())
+    mean = float(sums.sum()) / total
+    residual = float(np.square(sums - mean * count).sum())
+    return Estimate(mean, math.sqrt(residual * n / (n - 1)) / total if n > 1 else math.nan)
 
 
 def _log_probabilities(fn, params, tokens):

@@ -191,7 +191,7 @@ def _solve_block(w, x, upper, group, qparams, spec, regroup):
 
             def choose():
                 new = choose_qparams(_rows(x, start, spec.group_size), range_spec)
-                return jax.tree.map(lambda a, b: _set_rows(a, b, group[start]), qparams, new)
+                return jax.tree.map(lambda a, b: _set_rows(a, b, _rows(group, start, 1)[0]), qparams, new)
 
             qparams = lax.cond(start % spec.group_size == 0, choose, lambda: qparams)
         u = lax.dynamic_slice(upper, (start, 0), (tile, block))
@@ -211,9 +211,12 @@ def _solve_tile(w, x, upper, group, qparams, spec):
 
     def solve_row(k, state):
         error, codes = state  # still zero from row k on
-        own = jax.tree.map(lambda a: a[group[k]], qparams)
-        code = encode(x[k] + _feedback(upper[:, k], error), *own, spec)
-        return error.at[k].set(w[k] - decode(code, *own, w.dtype)), codes.at[k].set(code)
+        own = _rows(group, k, 1)[0]
+        scale, zero_point = jax.tree.map(lambda a: _rows(a, own, 1), qparams)
+        compensated = _rows(x, k, 1) + _feedback(lax.dynamic_slice_in_dim(upper, k, 1, 1), error)
+        code = encode(compensated, scale, zero_point, spec)
+        new_error = _rows(w, k, 1) - decode(code, scale, zero_point, w.dtype)
+        return _set_rows(error, new_error, k), _set_rows(codes, code, k)
 
     return lax.fori_loop(0, w.shape[0], solve_row, (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.int8)))
 

@@ -6,10 +6,10 @@ With signed codes in [min_code, max_code] and `steps` between them:
     asymmetric   S = (max(x, 0) - min(x, 0)) / steps,              Z = clamp(round(min_code - min(x, 0) / S))
     x_q = clamp(round(x / S) + Z),    x ≈ S · (x_q - Z)
 
-A range of zero (or too small for S to be a normal number) takes S = 1, so zeros stay zeros. 0.0 is always represented exactly. S is rounded to its storage dtype
-before any code is chosen, so the codes are the best ones for the scale that is kept. (Jacob et al. 2018, "Quantization
-and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"; the full symmetric range, 7.5 steps
-each side at 4 bits, is that of GPTQ and compressed-tensors.)
+A range of zero, or too small for S to be a normal number, takes S = 1, so zeros stay zeros. 0.0 is always represented
+exactly. S is rounded to its storage dtype before any code is chosen, so the codes are the best ones for the scale that
+is kept. (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference"; the full symmetric range, 7.5 steps each side at 4 bits, is that of GPTQ and compressed-tensors.)
 
 In floating point, x / S is x · (1 / S) and max|x| / (steps / 2) is max|x| · (2 / steps), each of the two operations
 rounded. XLA compiles a division by a broadcast number to that anyway, but only where it sees the broadcast, and in the
@@ -61,7 +61,7 @@ def quantize(
     contract, out = resolve_axes(x, spec, contract, out)
     w = to_canonical(x, contract, out)
     scale, zero_point = _choose(w, spec, len(out))
-    codes = encode(w, *(expand(a, w.shape, len(out)) for a in (scale, zero_point)), spec)
+    codes = encode(w, *_per_code(scale, zero_point, w.shape, len(out)), spec=spec)
     axes = {"contract": contract, "out": out, "in_shape": tuple(x.shape[a] for a in contract)}
     return QTensor.from_codes(codes, scale, zero_point, spec, dtype=x.dtype, **axes)
 
@@ -72,7 +72,7 @@ def dequantize(q: QTensor, dtype=None) -> jax.Array:
     The product `(codes - zero_point) · scale` is taken in at least float32 and rounded once, to the result's dtype.
     """
     codes, n_out = q.codes, len(q.out)
-    w = decode(codes, *(expand(a, codes.shape, n_out) for a in (q.scale, q.zero_point)))
+    w = decode(codes, *_per_code(q.scale, q.zero_point, codes.shape, n_out))
     return from_canonical(w, q.contract, q.out, q.in_shape).astype(dtype or q.dtype)
 
 
@@ -88,8 +88,8 @@ def fake_quantize(
     contract, out = resolve_axes(x, spec, contract, out)
     w = to_canonical(x, contract, out).astype(_compute_dtype(x.dtype))
     scale, zero = _range_to_scale(w, spec, len(out), jnp.dtype(spec.scale_dtype or x.dtype))
-    scale, zero = (expand(a, w.shape, len(out)) for a in (scale.astype(w.dtype), lax.stop_gradient(zero)))
-    codes = encode(*lax.stop_gradient((w, scale, zero)), spec).astype(w.dtype)
+    scale, zero = _per_code(scale.astype(w.dtype), lax.stop_gradient(zero), w.shape, len(out))
+    codes = encode(*lax.stop_gradient((w, scale, zero)), spec=spec).astype(w.dtype)
     steps = w / scale
     codes += steps - lax.stop_gradient(steps)  # zero, with the derivative of w / scale
     in_shape = tuple(x.shape[a] for a in contract)
@@ -138,6 +138,10 @@ def resolve_axes(x, spec, contract, out) -> tuple[tuple[int, ...], tuple[int, ..
 
 def _compute_dtype(dtype):
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def _per_code(scale, zero_point, shape, n_out):
+    return jax.tree.map(lambda a: expand(a, shape, n_out), (scale, zero_point))
 
 
 def _choose(w, spec, n_out):

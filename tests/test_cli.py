@@ -1,0 +1,230 @@
+"""The command line, as a user types it, on a small random model and on the packaged one."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxquant as jq
+from jaxquant import cli, demo
+from jaxquant.workflows import TINYLM
+
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random float checkpoint with token files beside it, and no tokenizer."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = jq.Model.from_hf(HF_CONFIG)
+    jq.save(folder / "model", model, model.init(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    np.save(folder / "tokens.npy", rng.integers(0, 96, (40, 32)))
+    np.save(folder / "held.npy", rng.integers(0, 96, 700))
+    return folder
+
+
+def run(capsys, *argv):
+    status = cli.main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def quantize_arguments(checkpoint, out, *more):
+    files = ["--calibration", checkpoint / "tokens.npy", "--num-samples", 32, "--seq-len", 32]
+    return ["quantize", checkpoint / "model", "--out", out, "--group-size", 32, *files, *more]
+
+
+@pytest.mark.parametrize("format", ["jaxquant", "compressed-tensors"])
+def test_quantize_evaluate_inspect(checkpoint, tmp_path, capsys, format):
+    out = tmp_path / "q"
+    status, text, _ = run(capsys, *quantize_arguments(checkpoint, out, "--format", format, "--bits", 3, "--json"))
+    report = json.loads(text)
+    assert status == 0
+    assert report["bytes_after"] < report["bytes_before"]
+    assert len(report["layers"]) == 2 * 7
+    assert all(layer["method"] == "GPTQ" and layer["bits"] == 3 for layer in report["layers"])
+
+    data = ["--data", checkpoint / "held.npy", "--context", 64, "--json"]
+    status, text, _ = run(capsys, "evaluate", out, "--baseline", checkpoint / "model", *data)
+    result = json.loads(text)
+    model, params = jq.load_pretrained(out, dtype="float32")
+    expected = jq.perplexity(model.apply, params, np.load(checkpoint / "held.npy"), context=64)
+    assert status == 0
+    assert result["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert result["comparison"]["kl"]["mean"] > 0
+
+    status, text, _ = run(capsys, "inspect", out, "--json")
+    leaves = {leaf["path"]: leaf for leaf in json.loads(text)["leaves"]}
+    assert status == 0
+    assert leaves["layers/mlp/up_proj/kernel"]["stored_as"] == "3 bits, groups of 32, symmetric"
+    # 3 bits a code and one float32 scale a group of 32
+    assert leaves["layers/mlp/up_proj/kernel"]["nbytes"] == 2 * 64 * 128 * 3 // 8 + 2 * 2 * 128 * 4
+    assert leaves["embed_tokens/embedding"]["stored_as"] == "float32"
+
+
+def test_output_for_people(checkpoint, tmp_path, capsys):
+    status, text, _ = run(capsys, *quantize_arguments(checkpoint, tmp_path / "q", "--method", "rtn"))
+    assert status == 0
+    assert "written:" in text
+    assert "RTN" in text
+    status, text, _ = run(capsys, "evaluate", tmp_path / "q", "--data", checkpoint / "held.npy")
+    assert text.startswith("perplexity ")
+    status, text, _ = run(capsys, "inspect", tmp_path / "q")
+    assert "bytes in memory" in text
+
+
+def test_flags_reach_the_method(checkpoint, tmp_path, capsys):
+    arguments = ["quantize", checkpoint / "model", "--out", tmp_path / "q", "--per-channel", "--asymmetric"]
+    files = ["--calibration", checkpoint / "tokens.npy", "--no-act-order", "--bits", 5, "--json"]
+    _, text, _ = run(capsys, *arguments, *files)
+    layer = json.loads(text)["layers"][0]
+    assert (layer["bits"], layer["group_size"], layer["symmetric"]) == (5, None, False)
+    _, params = jq.load_pretrained(tmp_path / "q")
+    plain = params["layers"]["mlp"]["down_proj"]["kernel"].codes
+    run(capsys, *[*arguments[:3], tmp_path / "r", *arguments[4:]], *files[:2], *files[3:])  # with act-order
+    _, params = jq.load_pretrained(tmp_path / "r")
+    assert (plain != params["layers"]["mlp"]["down_proj"]["kernel"].codes).any()
+
+
+def bad_inputs(checkpoint, tmp_path):
+    tokens = checkpoint / "tokens.npy"
+    np.save(tmp_path / "outside.npy", np.full((4, 32), 96))
+    np.save(tmp_path / "none.npy", np.zeros(0, int))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    model, out = checkpoint / "model", tmp_path / "out"
+    good = ["quantize", model, "--out", out, "--calibration", tokens]
+    return {
+        "no such model": (["quantize", tmp_path / "nowhere", "--out", out], "no local directory"),
+        "group size": ([*good, "--group-size", 48], "group_size=48 does not divide"),
+        "bits": ([*good, "--bits", 9], "bits=9 is not supported"),
+        "outside vocabulary": ([*good[:5], tmp_path / "outside.npy"], "token 96 at position [0, 0] is outside"),
+        "empty calibration": ([*good[:5], tmp_path / "none.npy"], "holds no tokens"),
+        "missing calibration": ([*good[:5], tmp_path / "no.npy"], "no such file"),
+        "no tokenizer": (["quantize", model, "--out", out], "no tokenizer"),
+        "no samples": ([*good, "--num-samples", 0], "must be positive"),
+        "output not empty": ([*good[:2], "--out", tmp_path / "full", *good[4:]], "not empty"),
+        "inexpressible": ([*good, "--format", "compressed-tensors", "--asymmetric"], "asymmetric"),
+        "no parent": ([*good[:2], "--out", tmp_path / "a" / "b", *good[4:]], "does not exist"),
+        "evaluate nothing": (["evaluate", tmp_path / "nowhere"], "no local directory"),
+        "context": (["evaluate", model, "--data", tokens, "--context", 1], "context >= 2"),
+        "inspect a file": (["inspect", tokens], "is a file"),
+    }
+
+
+def test_bad_input_is_one_clear_line_and_nothing_is_lost(checkpoint, tmp_path, capsys):
+    for name, (argv, message) in bad_inputs(checkpoint, tmp_path).items():
+        status, text, error = run(capsys, *argv)
+        last = error.strip().splitlines()[-1]
+        assert status == 1, name
+        assert last.startswith("jaxquant: error:"), name
+        assert message in last, (name, last)
+        assert text == "", name
+        assert not (tmp_path / "out").exists(), name
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_bad_output_is_refused_before_any_work(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    monkeypatch.setattr("jaxquant.pretrained.load_pretrained", lambda *a, **k: pytest.fail("work was begun"))
+    status, _, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "full"))
+    assert status == 1
+    assert "not empty" in error
+    status, _, error = run(
+        capsys, *quantize_arguments(checkpoint, tmp_path / "q", "--format", "compressed-tensors", "--asymmetric")
+    )
+    assert status == 1
+    assert "asymmetric" in error
+
+
+def test_overwrite_replaces(checkpoint, tmp_path, capsys):
+    for bits, more, expected in [(8, [], 0), (4, [], 1), (4, ["--overwrite"], 0)]:
+        arguments = quantize_arguments(checkpoint, tmp_path / "q", "--method", "rtn", "--bits", bits, *more)
+        status, _, _ = run(capsys, *arguments)
+        assert status == expected
+    _, params = jq.load_pretrained(tmp_path / "q")
+    assert params["layers"]["mlp"]["up_proj"]["kernel"].spec.bits == 4
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(checkpoint, tmp_path, capsys):
+    assert run(capsys, *quantize_arguments(checkpoint, tmp_path / "q", "--method", "rtn"))[0] == 0
+    arguments = ["quantize", tmp_path / "q", "--out", tmp_path / "r", "--calibration", checkpoint / "tokens.npy"]
+    status, _, error = run(capsys, *arguments)
+    assert status == 1
+    assert "quantized already" in error
+
+
+def test_nan_weights_are_named(checkpoint, tmp_path, capsys):
+    model, params = jq.load_pretrained(checkpoint / "model")
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    params["layers"]["mlp"]["up_proj"]["kernel"] = kernel.at[1, 2, 3].set(np.nan)
+    jq.save(tmp_path / "nan", model, params)
+    arguments = ["quantize", tmp_path / "nan", "--out", tmp_path / "q", "--method", "rtn", "--group-size", 32]
+    status, _, error = run(capsys, *arguments)
+    assert status == 1
+    assert "'layers/mlp/up_proj/kernel': 1 of its 16384 entries are not finite" in error
+
+
+def test_usage_errors(capsys):
+    for argv in ([], ["quantize"], ["quantize", "m"], ["quantize", "m", "--out", "o", "--method", "x"], ["nothing"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == 2
+        assert "usage:" in capsys.readouterr().err
+
+
+def test_module_runs():
+    result = subprocess.run([sys.executable, "-m", "jaxquant", "--help"], capture_output=True, text=True, check=True)
+    for command in ("demo", "quantize", "evaluate", "inspect"):
+        assert command in result.stdout
+
+
+def test_demo(tmp_path, capsys, monkeypatch):
+    """The demo itself, on less text; every number in its table is compared with one made apart from it."""
+    monkeypatch.setattr(demo, "CALIBRATION", (16, 128))
+    monkeypatch.setattr(demo, "EVALUATION", (4, 256))
+    monkeypatch.setattr(demo, "WIDTHS", (4, 2))
+    status, text, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--json")
+    assert status == 0
+    saved = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert saved == json.loads(text)
+    assert [(row["method"], row["bits"]) for row in saved["rows"]] == [
+        (method, bits) for bits in (4, 2) for method in ("RTN", "GPTQ")
+    ]
+    for row in saved["rows"]:
+        assert row["bits_per_weight"] == pytest.approx(row["bits"] + 16 / 128)
+        increase = math.log(row["perplexity"] / saved["float_perplexity"])
+        assert row["loss_increase"] == pytest.approx(increase, rel=1e-3, abs=1e-5)
+    rtn, gptq = saved["rows"][2:]
+    assert gptq["loss_increase"] < rtn["loss_increase"]
+    for name in ("size.png", "perplexity.png"):
+        with Image.open(tmp_path / "demo" / name) as image:
+            assert image.size[0] > 600
+            assert len(image.convert("L").getcolors()) > 20  # something is drawn
+
+
+def test_packaged_model_is_small_and_good():
+    assert sum(file.stat().st_size for file in Path(TINYLM).iterdir()) <= 10_000_000
