@@ -1,6 +1,7 @@
 """Directories that appear whole or not at all, tensors in safetensors, and the native format."""
 
 import collections
+import functools
 import json
 import math
 import os
@@ -188,7 +189,7 @@ def kill_while_writing(path, function, nth):
 def test_a_killed_writer_leaves_the_old_checkpoint_or_the_new(tmp_path, function, nth, kept):
     save_tree(tmp_path / "out", OLD)
     kill_while_writing(tmp_path / "out", function, nth)
-    assert len(listing(tmp_path)) > 1 - (nth == 2)  # it left something
+    assert len(listing(tmp_path)) == 2
     with pytest.raises(FileExistsError, match="not empty"):  # the next run clears up
         save_tree(tmp_path / "out", NEW)
     assert listing(tmp_path) == ["out"]
@@ -429,13 +430,13 @@ def arrays(draw):
     return array if draw(st.booleans()) else jnp.asarray(array)
 
 
-@st.composite
-def qtensors(draw):
-    lead = draw(st.sampled_from([(), (2,)]))
-    grouped = {"group_size": draw(st.sampled_from([None, 4]))}
-    spec = QuantSpec(bits=draw(st.integers(2, 8)), symmetric=draw(st.booleans()), **grouped)
-    seed = draw(st.integers(0, 100))
-    return quantize(jax.random.normal(jax.random.key(seed), (*lead, 12, 3)), spec)
+@functools.cache
+def qtensor(bits, symmetric, group_size):
+    spec = QuantSpec(bits=bits, symmetric=symmetric, group_size=group_size)
+    return quantize(jax.random.normal(jax.random.key(0), (2, 12, 5)), spec)
+
+
+qtensors = st.builds(qtensor, st.sampled_from([3, 4, 8]), st.booleans(), st.sampled_from([None, 6]))
 
 
 def containers(children):
@@ -443,8 +444,8 @@ def containers(children):
     return dicts | st.lists(children, max_size=3) | st.lists(children, max_size=3).map(tuple)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(tree=st.recursive(st.none() | arrays() | qtensors(), containers, max_leaves=8))
+@settings(derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@given(tree=st.recursive(st.none() | arrays() | qtensors, containers, max_leaves=8))
 def test_any_tree_comes_back_bit_for_bit(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("native") / "out"
     save_tree(path, tree)
@@ -468,18 +469,23 @@ def test_names_do_not_collide(tmp_path):
     assert {"a/b", "a%2Fb", "a.b", "a%252Fb", "/a/b", "list/0/0"} <= set(Tensors(tmp_path / "out"))
 
 
+GRANULARITIES = ({}, {"group_size": 6}, {"granularity": "per_tensor"}, {"narrow_range": True})
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("granularity", [{}, {"group_size": 8}, {"granularity": "per_tensor"}, {"narrow_range": True}])
-def test_every_spec_comes_back(tmp_path, bits, symmetric, granularity):
-    spec = QuantSpec(bits=bits, symmetric=symmetric, scale_dtype="float16", **granularity)
-    w = jax.random.normal(jax.random.key(0), (2, 3, 8, 5))
-    tree = {"plain": quantize(w, spec), "heads": quantize(w, spec, contract=(-3, -2), out=(-1,))}
+def test_every_spec_comes_back(tmp_path, bits):
+    specs = [
+        QuantSpec(bits=bits, symmetric=symmetric, scale_dtype="float16", **fields)
+        for symmetric in (True, False)
+        for fields in GRANULARITIES
+    ]
+    w = jax.random.normal(jax.random.key(0), (2, 12, 5))
+    tree = {"heads": quantize(w, specs[0], contract=(-3, -2), out=(-1,)), "stacked": [quantize(w, s) for s in specs]}
     save_tree(tmp_path / "out", tree)
     read = load_tree(tmp_path / "out")
     assert_same_tree(read, tree)
-    assert read["heads"].spec == spec
-    assert read["heads"].in_shape == (3, 8)
+    assert [q.spec for q in read["stacked"]] == specs
+    assert read["heads"].in_shape == (2, 12)
 
 
 def test_a_bare_leaf_and_an_empty_tree(tmp_path):
@@ -568,7 +574,7 @@ DAMAGED_HEADERS = {
     "no dtype of q": (q_node(dtype=None), "q: dtype=None is no floating dtype"),
     "axes": (q_node(contract=[-1]), "q: contract=.*expected different negative axes"),
     "no axes": (q_node(contract="x"), "q: contract='x' is no list of integers"),
-    "in_shape": (q_node(in_shape=[4]), "q: values is .*contradicts the rest"),
+    "in_shape": (q_node(in_shape=[9]), "q: values is .*contradicts the rest"),
     "longer in_shape": (q_node(in_shape=[2, 4]), r"q: in_shape=\[2, 4\] does not fit contract"),
     "negative in_shape": (q_node(in_shape=[-8]), r"q: in_shape=\[-8\] does not fit contract"),
     "no values": (q_node(values=None), "q: values is no array"),

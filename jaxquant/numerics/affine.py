@@ -19,6 +19,7 @@ weights would get other codes in another program.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jax import lax
 
 from jaxquant.numerics.layout import check_layout, from_canonical, to_canonical
 from jaxquant.numerics.qtensor import QTensor
-from jaxquant.numerics.spec import QuantSpec
+from jaxquant.numerics.spec import QuantSpec, compute_dtype
 
 
 def choose_qparams(
@@ -61,7 +62,7 @@ def quantize(
     contract, out = resolve_axes(x, spec, contract, out)
     w = to_canonical(x, contract, out)
     scale, zero_point = _choose(w, spec, len(out))
-    codes = encode(w, *_per_code(scale, zero_point, w.shape, len(out)), spec=spec)
+    codes = encode(w, *_per_code(scale, zero_point, w.shape, len(out)), spec)
     axes = {"contract": contract, "out": out, "in_shape": tuple(x.shape[a] for a in contract)}
     return QTensor.from_codes(codes, scale, zero_point, spec, dtype=x.dtype, **axes)
 
@@ -86,10 +87,10 @@ def fake_quantize(
     `choose_qparams`; the result has x's shape and dtype.
     """
     contract, out = resolve_axes(x, spec, contract, out)
-    w = to_canonical(x, contract, out).astype(_compute_dtype(x.dtype))
+    w = to_canonical(x, contract, out).astype(compute_dtype(x.dtype))
     scale, zero = _range_to_scale(w, spec, len(out), jnp.dtype(spec.scale_dtype or x.dtype))
     scale, zero = _per_code(scale.astype(w.dtype), lax.stop_gradient(zero), w.shape, len(out))
-    codes = encode(*lax.stop_gradient((w, scale, zero)), spec=spec).astype(w.dtype)
+    codes = encode(*lax.stop_gradient((w, scale, zero)), spec).astype(w.dtype)
     steps = w / scale
     codes += steps - lax.stop_gradient(steps)  # zero, with the derivative of w / scale
     in_shape = tuple(x.shape[a] for a in contract)
@@ -98,7 +99,7 @@ def fake_quantize(
 
 def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
     """clamp(round(x / scale) + zero_point) as int8; the arrays broadcast elementwise."""
-    dtype = _compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     steps = jnp.round(x.astype(dtype) * (1 / scale.astype(dtype)))
     if zero_point is not None:
         steps += zero_point.astype(dtype)
@@ -107,7 +108,7 @@ def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: Q
 
 def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, dtype=None) -> jax.Array:
     """(codes - zero_point) · scale in `dtype` (default: at least float32); the arrays broadcast elementwise."""
-    dtype = _compute_dtype(scale.dtype) if dtype is None else dtype
+    dtype = compute_dtype(scale.dtype) if dtype is None else dtype
     steps = codes.astype(dtype)
     if zero_point is not None:
         steps -= zero_point.astype(dtype)
@@ -136,17 +137,13 @@ def resolve_axes(x, spec, contract, out) -> tuple[tuple[int, ...], tuple[int, ..
     return contract, out
 
 
-def _compute_dtype(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _per_code(scale, zero_point, shape, n_out):
+def _per_code(scale, zero_point, shape, n_out) -> tuple[Any, Any]:
     return jax.tree.map(lambda a: expand(a, shape, n_out), (scale, zero_point))
 
 
 def _choose(w, spec, n_out):
     dtype = jnp.dtype(spec.scale_dtype or w.dtype)
-    scale, zero = _range_to_scale(w.astype(_compute_dtype(w.dtype)), spec, n_out, dtype)
+    scale, zero = _range_to_scale(w.astype(compute_dtype(w.dtype)), spec, n_out, dtype)
     return scale, None if spec.symmetric else zero.astype(jnp.int8)
 
 

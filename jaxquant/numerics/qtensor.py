@@ -25,8 +25,8 @@ class QTensor:
 
     Every array is kept in the canonical layout `[*lead, ·, *out]` (see `numerics.layout`), whatever the axes of the
     weight it stands for. Leading (layer, expert) axes are ordinary leading axes of every array, so a QTensor can be
-    stacked, scanned, vmapped and sharded along them, and sliced where they also come first in the weight. With K the product of the contracting axes and G the
-    number of groups along them (1 per channel, per token and per tensor):
+    stacked, scanned, vmapped and sharded along them, and sliced where they also come first in the weight. With K the
+    product of the contracting axes and G the number of groups along them (1 per channel, per token and per tensor):
 
     Attributes:
       values: the codes. 5 to 8 bits: int8 `[*lead, K, *out]`. 2 to 4 bits: uint8 `[*lead, packed_size(K), *out]`, the

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+import jax.numpy as jnp
+
 Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
 
 
@@ -102,3 +104,8 @@ def check_weight_spec(spec: QuantSpec) -> None:
         raise ValueError(f"spec={spec!r} is not a QuantSpec; write for example int4(group_size=128)")
     if spec.granularity == "per_token":
         raise ValueError("per_token is for activations; quantize weights per_group, per_channel or per_tensor")
+
+
+def compute_dtype(dtype):
+    """The dtype in which arithmetic on arrays of `dtype` is done: float64 for float64, float32 for all else."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.numerics.spec import compute_dtype
+
 HELD_OUT_EVERY = 16  # one token in this many is held out of the sums
 SAMPLE_ROWS = 128  # held-out rows that are kept, those of smallest hash
 EMPTY = np.uint32(0xFFFFFFFF)  # the rank of a row of the sample that is not filled
@@ -88,7 +90,7 @@ def observe(x: jax.Array, position: jax.Array, real: jax.Array | None = None) ->
       position: integer `[T]`, each row's position in the calibration stream; decides which rows are held out.
       real: bool `[T]`, False for padding; None if every row is a token.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(compute_dtype(x.dtype))
     finite = jnp.all(jnp.isfinite(x), -1)
     real = jnp.ones_like(finite) if real is None else real
     rank = token_hash(position)
@@ -112,7 +114,7 @@ def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Mome
       position: integer `[T]`, as for `observe`.
       groups: integer `[E]`, rows in each group; rows beyond their sum belong to none.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(compute_dtype(x.dtype))
     end = jnp.cumsum(groups)
     row = jnp.arange(x.shape[0])
     member = (row < end[:, None]) & (row >= (end - groups)[:, None])  # [E, T]
