@@ -82,7 +82,8 @@ def run(progress: workflows.Progress = workflows.silent) -> Demo:
     stats = calibrate(model.apply, params, workflows.batches(samples, progress), recipe=recipe)
     jax.block_until_ready([p.inputs for p in stats.products.values()])
     calibration_seconds = time.perf_counter() - start
-    rows, float_perplexity = [], 0.0
+    rows: list[Row] = []
+    float_perplexity = 0.0
     for bits in WIDTHS:
         for name, method in METHODS.items():
             progress("quantizing and evaluating", len(rows), STEPS)

@@ -13,14 +13,14 @@ from jaxquant.checkpoints.huggingface import find_checkpoint
 from jaxquant.evaluation.corpus import standard_library_text
 from jaxquant.evaluation.data import read_tokens, take_samples
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
+from jaxquant.models import TINYLM
 from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms.calibrate import calibrate
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.report import Report
 
-TINYLM = Path(__file__).parent / "models" / "tinylm"  # the packaged model, "tinylm" wherever a model is asked for
-BATCH = 8  # sequences that run together in calibration and evaluation
+BATCH = 8  # sequences that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
@@ -103,7 +103,7 @@ def quantize_checkpoint(
     calibration: str | None = None,
     num_samples: int = 128,
     seq_len: int = 512,
-    format: str = "jaxquant",
+    format: pretrained.Format = "jaxquant",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Report:
@@ -123,7 +123,7 @@ def quantize_checkpoint(
     Raises:
       ValueError, OSError: bad input; nothing is written.
     """
-    pass
+    pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
     directory = find_model(name)
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
@@ -166,16 +166,20 @@ def evaluate_checkpoint(
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     context = min(context, model.config.max_position_embeddings)
     tokens = evaluation_tokens(model, Text(directory), data, context)
-    options = {"context": context, "batch_size": BATCH, "progress": lambda *n: progress("evaluating", *n)}
+
+    def done(n: int, total: int) -> None:
+        progress("evaluating", n, total)
+
     if baseline is None:
-        return Evaluation(tokens.size, context, perplexity(model.apply, params, tokens, **options), None)
+        alone = perplexity(model.apply, params, tokens, context=context, progress=done)
+        return Evaluation(tokens.size, context, alone, None)
     other, other_params = pretrained.load_pretrained(find_model(baseline), dtype="float32")
     if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the baseline has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}; "
             "only models with the same tokenizer can be compared"
         )
-    result = compare(model.apply, params, other_params, tokens, baseline_fn=other.apply, **options)
+    result = compare(model.apply, params, other_params, tokens, baseline_fn=other.apply, context=context, progress=done)
     return Evaluation(tokens.size, context, result.perplexity, result)
 
 

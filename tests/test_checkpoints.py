@@ -139,6 +139,22 @@ def test_a_failed_overwrite_keeps_the_old_one(tmp_path):
     assert listing(tmp_path) == ["out"]
 
 
+def test_the_old_one_comes_back_when_the_new_one_cannot_be_put_in_place(tmp_path, monkeypatch):
+    save_tree(tmp_path / "out", OLD)
+    original = os.rename
+
+    def rename(source, target):
+        if ".partial-" in str(source):
+            raise OSError("rename failed")
+        original(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="rename failed"):
+        save_tree(tmp_path / "out", NEW, overwrite=True)
+    assert_same_tree(load_tree(tmp_path / "out"), OLD)
+    assert listing(tmp_path) == ["out"]
+
+
 def test_two_writers_at_once_do_not_touch_each_other(tmp_path):
     def both():
         with new_directory(tmp_path / "out") as first:

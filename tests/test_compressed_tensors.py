@@ -1,6 +1,7 @@
 """compressed-tensors' pack-quantized, against files of the upstream package and the package itself."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -48,8 +49,7 @@ def read_golden(name):
 def test_golden_files_both_ways(name):
     vectors, q = read_golden(name)
     q.validate()
-    with jax.numpy_dtype_promotion("standard"):
-        dequantized = dequantize(q)
+    dequantized = dequantize(q)
     assert dequantized.dtype == BF16
     np.testing.assert_array_equal(np.asarray(dequantized, np.float32).T, np.float32(vectors["dequantized"]))
     _, arrays, _ = golden(name)
@@ -63,8 +63,7 @@ def test_quantize_agrees_with_upstream_but_for_its_rounding_of_the_quotient(name
     """Same scales. Upstream divides in bfloat16, which rounds some quotients to the other side of a half."""
     vectors, theirs = read_golden(name)
     w = np.array(vectors["weight"], np.float32).astype(BF16).T
-    with jax.numpy_dtype_promotion("standard"):
-        ours = quantize(jnp.asarray(w), theirs.spec)
+    ours = quantize(jnp.asarray(w), theirs.spec)
     assert same_bits(ours.scale, theirs.scale)
     scale = np.repeat(np.asarray(ours.scale), theirs.spec.group_size, axis=0)
     in_bfloat16 = np.round((w / scale).astype(np.float32)).clip(theirs.spec.min_code, theirs.spec.max_code)
@@ -75,7 +74,7 @@ def test_quantize_agrees_with_upstream_but_for_its_rounding_of_the_quotient(name
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("k", [8, 20, 96])
+@pytest.mark.parametrize("k", [20, 96])
 def test_codes_pack_and_unpack_as_upstream(bits, k):
     spec = QuantSpec(bits=bits)
     codes = np.random.default_rng(bits).integers(spec.min_code, spec.max_code + 1, (k, 3)).astype(np.int8)
@@ -120,7 +119,7 @@ def test_write_and_read(tmp_path):
     assert config["torch_dtype"] == "float32"
     assert "dtype" not in config
     stored = load_file(tmp_path / "model.safetensors")
-    assert stored["lm_head.weight" if False else "model.norm.weight"].shape == (64,)
+    assert stored["model.norm.weight"].shape == (64,)
     assert {n: (a.dtype.name, a.shape) for n, a in stored.items() if n.startswith(LINEARS[0])} == {
         "model.layers.0.q_proj.weight_packed": ("int32", (8, 8)),
         "model.layers.0.q_proj.weight_scale": ("float32", (8, 2)),
@@ -182,8 +181,8 @@ def test_reading_prefers_a_name_to_a_pattern_and_both_to_the_class():
     assert [find_spec(module, groups).bits for module in ("x.down", "y.down", "y.up")] == [4, 3, 2]
 
 
-def bfloat16_scales(q):
-    return QTensor(q.values, q.scale.astype(BF16), None, q.spec, q.dtype, q.contract, q.out, q.in_shape)
+def bfloat16_scales(q, **fields):
+    return dataclasses.replace(q, scale=q.scale.astype(BF16), **fields)
 
 
 UP = "model.layers.0.q_proj.weight"
@@ -198,13 +197,11 @@ REFUSED = {
     "other scales": ({UP: bfloat16_scales(weight(INT4))}, "stands for float32 and has bfloat16 scales"),
     "float64": ({UP: weight(INT4), "x": np.ones(3)}, "x: it is float64; cast it to one of float32"),
     "two dtypes": (
-        {UP: weight(INT4), "lm_head.weight": bfloat16_scales(weight(INT4).__class__(
-            *(lambda q: (q.values, q.scale, None, q.spec, "bfloat16", q.contract, q.out, q.in_shape))(weight(INT4))
-        ))},
+        {UP: weight(INT4), "lm_head.weight": bfloat16_scales(weight(INT4), dtype="bfloat16")},
         "stand for weights of .*one dtype per model",
     ),
     "invalid": ({UP: jax.tree.map(lambda a: a[:1], weight(INT4))}, f"{UP}: values is .* contradicts"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -245,11 +242,11 @@ def damage(directory, **arrays):
         ({"weight_shape": np.array([8, -64])}, "two sizes are expected"),
         ({"weight_shape": np.ones(2, np.float32)}, "two sizes are expected"),
         ({"weight_shape": np.array([8, 2**60])}, "do not fit QuantSpec"),
-        ({"weight_shape": np.array([8, 72])}, "group_size=32 does not divide"),
+        ({"weight_shape": np.array([8, 62])}, "group_size=32 does not divide"),
         ({"weight_packed": np.zeros((8, 8), np.int64)}, r"has packed codes int64\[8, 8\]"),
         ({"weight_packed": np.zeros((8, 9), np.int32)}, r"packed codes int32\[8, 9\] .* do not fit"),
         ({"weight_scale": np.zeros((8, 3), np.float32)}, r"scales \[8, 3\], which do not fit"),
-        ({"weight_scale": np.zeros((8, 2), np.float64)}, r"scales of \['float64'\]; expected one of"),
+        ({"weight_scale": np.zeros((8, 2), np.float64)}, r"scales of \['float32', 'float64'\]; expected one of"),
         ({"weight_scale": np.zeros((8, 2), np.float16)}, r"scales of \['float16', 'float32'\]; expected one of"),
         ({"weight_zero_point": np.zeros((1, 2), np.int32)}, "weight_zero_point beside packed codes is not supported"),
         ({"weight": np.zeros((8, 64), np.float32)}, "q_proj.weight beside packed codes is not supported"),

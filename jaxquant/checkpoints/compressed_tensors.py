@@ -16,6 +16,7 @@ of the model (readers cast them to it).
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,10 @@ def write_compressed_tensors(
 def pack(q: QTensor) -> dict[str, np.ndarray]:
     """A QTensor `[K, N]` as the three arrays of the format."""
     k, n = q.shape
-    stream = q.values if q.spec.bits <= PACKED_BITS else pack_bits(q.unsigned_codes, q.spec.bits, 0)
-    rows = _resized(np.asarray(stream).T, 4 * _words(k, q.spec.bits))
+    rows = np.asarray(q.values).T if q.spec.bits <= PACKED_BITS else np.asarray(_pack_rows(q))
+    rows = np.ascontiguousarray(_resized(rows, 4 * _words(k, q.spec.bits)))
     return {
-        "weight_packed": np.ascontiguousarray(rows).view("<i4"),
+        "weight_packed": rows.view("<i4"),
         "weight_scale": np.ascontiguousarray(np.asarray(q.scale).T),
         "weight_shape": np.array([n, k], np.int64),
     }
@@ -83,14 +84,25 @@ def pack(q: QTensor) -> dict[str, np.ndarray]:
 
 def unpack(packed: np.ndarray, scale: np.ndarray, k: int, spec: QuantSpec) -> QTensor:
     """The QTensor `[k, N]` of `weight_packed` and `weight_scale`: the inverse of `pack`, with the scale's dtype."""
-    rows = np.ascontiguousarray(packed).view(np.uint8)
-    stream = jnp.asarray(_resized(rows, packed_size(k, spec.bits)).T)
+    rows = _resized(np.ascontiguousarray(packed).view(np.uint8), packed_size(k, spec.bits))
     scales = jnp.asarray(scale.T)
     if spec.bits <= PACKED_BITS:
-        return QTensor(stream, scales, None, spec, scale.dtype.name, (-2,), (-1,), (k,))
-    unsigned = unpack_bits(stream, spec.bits, k, 0)
+        return QTensor(jnp.asarray(rows.T), scales, None, spec, scale.dtype.name, (-2,), (-1,), (k,))
+    return _unpack_rows(jnp.asarray(rows), scales, k, spec)
+
+
+@jax.jit
+def _pack_rows(q: QTensor) -> jax.Array:
+    """The streams of codes that are not stored as one, uint8 `[N, packed_size(K)]`."""
+    return pack_bits(q.unsigned_codes.T, q.spec.bits, 1)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _unpack_rows(rows: jax.Array, scales: jax.Array, k: int, spec: QuantSpec) -> QTensor:
+    """The inverse of `_pack_rows`."""
+    unsigned = unpack_bits(rows, spec.bits, k, 1).T
     codes = (unsigned.astype(jnp.int16) - jnp.int16(2 ** (spec.bits - 1))).astype(jnp.int8)
-    return QTensor.from_codes(codes, scales, None, spec, dtype=scale.dtype)
+    return QTensor.from_codes(codes, scales, None, spec, dtype=scales.dtype)
 
 
 class CompressedTensors(Mapping[str, Any]):

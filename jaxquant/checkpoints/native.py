@@ -188,9 +188,10 @@ class _Reader:
             raise ValueError(
                 f"{_shown(path)} should be {dtype}{shape}, but the file holds {array.dtype}{list(array.shape)}"
             )
-        if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        loaded = jnp.asarray(array)
+        if loaded.dtype != wanted:  # JAX narrows 64-bit arrays without a word
             raise ValueError(f'{_shown(path)} is {dtype}; to load it, set jax.config.update("jax_enable_x64", True)')
-        return jnp.asarray(array)
+        return loaded
 
     def _qtensor(self, fields: dict, path: tuple[str, ...]) -> QTensor:
         expected = {"spec", "dtype", *_AXES, *_ARRAYS}

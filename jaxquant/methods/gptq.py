@@ -5,23 +5,23 @@ arXiv:2210.17323. Original code: github.com/IST-DASLab/gptq. Names kept from the
 
 With W `[K, N]`, the inputs along axis 0, and H the damped mean of xᵀx, the paper takes H⁻¹ = CᵀC with C upper
 triangular and, for each row k in order, rounds w_k to ŵ_k and subtracts C[k, j] (w_k - ŵ_k) / C[k, k] from every later
-row j. Writing e_k = (w_k - ŵ_k) / C[k, k] for the scaled errors and E = W - Ŵ for the errors against the *original*
-weights, those subtractions sum up to E = Cᵀ e. C⁻¹ = R is upper triangular with H = R Rᵀ, so e = Rᵀ E, and row k is
+row j. Write e_k = (w_k - ŵ_k) / C[k, k] for these scaled errors and E = W - Ŵ for the errors against the original
+weights: the subtractions sum up to E = Cᵀ e. Now R = C⁻¹ is upper triangular with H = R Rᵀ, so e = Rᵀ E, and row k is
 rounded from
 
     w_k + Σ_{j<k} U[j, k] E_j,    U[j, k] = R[j, k] / R[k, k],    H = U D Uᵀ.
 
 That is the same algorithm without an inverse (Chee et al. 2023, "QuIP", arXiv:2307.13304, theorem 6: GPTQ is LDLQ), and
-what is computed here. A row reads the errors of earlier rows and changes no later one, at three levels: a block adds
-the product with all blocks before it, a tile of the block with the tiles before it, a row with the rows of its tile.
+it is what is computed here. A row reads the errors of earlier rows and changes no later one, at three levels: a block
+adds the product with all blocks before it, a tile those of the tiles before it in its block, a row those of its tile.
 
 Differences from the original code:
-- No inverse and no second factorization: half of the cubic work, and nothing that overflows.
-- With act_order the groups are static: every scale comes from the original weights in the original order, and so does
-  the stored layout. Without it, the scale of a group is chosen when its first row is reached, from the compensated
-  weights, as there; per_channel and per_tensor scales come from the original weights in either case.
-- A channel that saw no input is rounded to nearest, not set to zero; percdamp is a fraction of the mean diagonal of
-  the others. With no tokens at all the result is RTN's.
+- One factorization, where that has two and an inverse.
+- With act_order the groups are static: every scale comes from the original weights in the original order, and the
+  codes are stored in that order. Without it, the scale of a group is chosen when its first row is reached, from the
+  weights as compensated so far; per_channel and per_tensor scales always come from the original weights. Both as there.
+- A channel that saw no input is rounded to nearest, not set to zero, and percdamp is a fraction of the mean diagonal
+  of the other channels. With no tokens at all the result is RTN's.
 - A Gram matrix that cannot be factored is damped more, instead of failing.
 - Groups never straddle blocks: a block is the largest multiple of the group size within block_size, or one group.
 """
@@ -33,6 +33,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.linalg import solve_triangular
 
 from jaxquant.numerics.affine import choose_qparams, decode, encode
 from jaxquant.numerics.linalg import damped_udu
@@ -41,7 +42,6 @@ from jaxquant.numerics.spec import QuantSpec, check_weight_spec
 from jaxquant.numerics.statistics import InputStatistics
 
 TILE = 32  # rows whose errors stay in a core's cache while they are rounded one by one
-QParams = tuple[jax.Array, jax.Array | None]  # scales and zero points [G, N], or [1, 1] per tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +106,10 @@ def gptq(w: jax.Array, stats: InputStatistics | None, config: GPTQ) -> tuple[QTe
     h, dead = _revive(gram)
     if config.act_order:
         order = jnp.argsort(-jnp.diagonal(h), stable=True)
-        rows, group, h = rows[order], group[order], h[order][:, order]
+        rows, group, h = rows[order], group[order], h[order[:, None], order]
     factor = damped_udu(h, config.percdamp)
-    codes, qparams = _solve(rows, factor.upper, group, qparams, spec, block, _regroups(config))
+    dynamic = config.spec.granularity == "per_group" and not config.act_order
+    codes, qparams = _solve(rows, factor.upper, group, qparams, spec, block, dynamic)
     if config.act_order:
         codes = codes[jnp.argsort(order)]
     scale, zero_point = jax.tree.map(lambda a: a[: config.spec.num_groups(k)], qparams)
@@ -139,10 +140,6 @@ def _block_rows(config):
     return g * max(1, config.block_size // g)
 
 
-def _regroups(config):  # whether scales are chosen on the way, from the compensated weights
-    return config.spec.granularity == "per_group" and not config.act_order
-
-
 def _revive(gram):
     """`gram` with the mean of the other diagonal entries (1 if there are none) where one is zero, and where that is."""
     diagonal = jnp.diagonal(gram)
@@ -152,11 +149,20 @@ def _revive(gram):
     return gram + jnp.diag(jnp.where(dead, mean, 0)), dead
 
 
-def _solve(w, upper, group, qparams, spec, block, regroup):
+def _solve(w, upper, group, qparams, spec, block, dynamic):
     """Rounds all rows, `block` at a time.
 
-    `w` `[K, N]`, `upper` `[K, K]` and `group` `[K]` (the row of `qparams` that each row of `w` uses) are in the order
-    in which rows are rounded. Returns int8 codes `[K, N]` and the QParams.
+    Args:
+      w: weights `[K, N]`, in the order in which they are rounded, as the next two.
+      upper: U `[K, K]`.
+      group: `[K]`, the row of `qparams` that each row of `w` uses.
+      qparams: scales and zero points `[G, N]`, or `[1, 1]` per tensor.
+      spec: with the dtype of the scales filled in.
+      block: a divisor of K.
+      dynamic: replace each group's qparams when its first row is reached.
+
+    Returns:
+      int8 codes `[K, N]` and the qparams.
     """
 
     def solve_block(b, state):
@@ -164,13 +170,13 @@ def _solve(w, upper, group, qparams, spec, block, regroup):
         start = b * block
 
         def add_earlier(i, x):
-            u = lax.dynamic_slice(upper, (i * block, start), (block, block))
+            u = _window(upper, (i * block, start), (block, block))
             return x + _feedback(u, _rows(error, i * block, block))
 
         w_block = _rows(w, start, block)
         x = lax.fori_loop(0, b, add_earlier, w_block)
-        u = lax.dynamic_slice(upper, (start, start), (block, block))
-        new_error, new_codes, qparams = _solve_block(w_block, x, u, _rows(group, start, block), qparams, spec, regroup)
+        u = _window(upper, (start, start), (block, block))
+        new_error, new_codes, qparams = _solve_block(w_block, x, u, _rows(group, start, block), qparams, spec, dynamic)
         return _set_rows(error, new_error, start), _set_rows(codes, new_codes, start), qparams
 
     state = jnp.zeros_like(w), jnp.zeros(w.shape, jnp.int8), qparams
@@ -178,24 +184,20 @@ def _solve(w, upper, group, qparams, spec, block, regroup):
     return codes, qparams
 
 
-def _solve_block(w, x, upper, group, qparams, spec, regroup):
+def _solve_block(w, x, upper, group, qparams, spec, dynamic):
     """Rounds one block, tile by tile. `w`: its weights; `x`: the same, compensated for all earlier blocks."""
     block = w.shape[0]
-    tile = math.gcd(TILE, spec.group_size if regroup else block)
-    range_spec = dataclasses.replace(spec, granularity="per_channel", group_size=None)
+    tile = math.gcd(TILE, spec.group_size if dynamic else block)
 
     def solve_tile(i, state):
         x, error, codes, qparams = state
         start = i * tile
-        if regroup:
-
-            def choose():
-                new = choose_qparams(_rows(x, start, spec.group_size), range_spec)
-                return jax.tree.map(lambda a, b: _set_rows(a, b, _rows(group, start, 1)[0]), qparams, new)
-
-            qparams = lax.cond(start % spec.group_size == 0, choose, lambda: qparams)
-        u = lax.dynamic_slice(upper, (start, 0), (tile, block))
-        own = lax.dynamic_slice(u, (0, start), (tile, tile))
+        if dynamic:
+            at = _rows(group, start, 1)[0]
+            begins = lax.rem(start, spec.group_size) == 0
+            qparams = lax.cond(begins, lambda: _choose_group(w, x, upper, start, at, qparams, spec), lambda: qparams)
+        u = _window(upper, (start, 0), (tile, block))
+        own = _window(u, (0, start), (tile, tile))
         new_error, new_codes = _solve_tile(
             _rows(w, start, tile), _rows(x, start, tile), own, _rows(group, start, tile), qparams, spec
         )
@@ -206,6 +208,21 @@ def _solve_block(w, x, upper, group, qparams, spec, regroup):
     return lax.fori_loop(0, block // tile, solve_tile, state)[1:]
 
 
+def _choose_group(w, x, upper, start, at, qparams, spec):
+    """Sets row `at` of the qparams to those of the group that begins at row `start` of a block.
+
+    They come from the weights as the paper has them at that point: with E the errors of the rows D that are done, rows
+    F to come are W_F + H_FF⁻¹ H_FD E. By H = U D Uᵀ that is W_F + U_FF⁻ᵀ U_DFᵀ E, of which the group, in front, needs
+    its own part of U only. `x` is W_F + U_DFᵀ E: the same in the first row, but no further down.
+    """
+    size = spec.group_size
+    w, x = _rows(w, start, size), _rows(x, start, size)
+    u = _window(upper, (start, start), (size, size))
+    w = w + solve_triangular(u, x - w, trans=1, unit_diagonal=True)
+    chosen = choose_qparams(w, dataclasses.replace(spec, granularity="per_channel", group_size=None))
+    return jax.tree.map(lambda a, b: _set_rows(a, b, at), qparams, chosen)
+
+
 def _solve_tile(w, x, upper, group, qparams, spec):
     """Rounds one tile, row by row. `x`: its weights, compensated for everything before it."""
 
@@ -213,7 +230,7 @@ def _solve_tile(w, x, upper, group, qparams, spec):
         error, codes = state  # still zero from row k on
         own = _rows(group, k, 1)[0]
         scale, zero_point = jax.tree.map(lambda a: _rows(a, own, 1), qparams)
-        compensated = _rows(x, k, 1) + _feedback(lax.dynamic_slice_in_dim(upper, k, 1, 1), error)
+        compensated = _rows(x, k, 1) + _feedback(_window(upper, (0, k), (upper.shape[0], 1)), error)
         code = encode(compensated, scale, zero_point, spec)
         new_error = _rows(w, k, 1) - decode(code, scale, zero_point, w.dtype)
         return _set_rows(error, new_error, k), _set_rows(codes, code, k)
@@ -226,8 +243,12 @@ def _feedback(upper, error):  # what the errors of some rows add to later ones
 
 
 def _rows(a, start, size):
-    return lax.dynamic_slice_in_dim(a, start, size)
+    return lax.dynamic_slice_in_dim(a, start, size, allow_negative_indices=False)
 
 
 def _set_rows(a, rows, start):
-    return lax.dynamic_update_slice_in_dim(a, rows, start, 0)
+    return lax.dynamic_update_slice_in_dim(a, rows, start, 0, allow_negative_indices=False)
+
+
+def _window(a, start, sizes):
+    return lax.dynamic_slice(a, start, sizes, allow_negative_indices=False)

@@ -152,7 +152,7 @@ def _range_to_scale(w, spec, n_out, scale_dtype):
     low, high = _extremes(w, spec, n_out)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     scale = jnp.maximum(-low, high) * (2 / spec.steps) if spec.symmetric else (high - low) * (1 / spec.steps)
-    scale = scale.astype(scale_dtype)
+    scale = jnp.minimum(scale, min(float(jnp.finfo(d).max) for d in (scale_dtype, w.dtype))).astype(scale_dtype)
     normal = scale.astype(w.dtype) >= jnp.finfo(w.dtype).tiny  # smaller ones have no finite reciprocal
     scale = jnp.where(normal, scale, jnp.ones_like(scale))
     if spec.symmetric:

@@ -36,16 +36,15 @@ def damped_udu(h: jax.Array, percdamp: float) -> DampedUDU:
       h: float `[K, K]`, symmetric, positive semidefinite up to rounding, with a positive diagonal.
       percdamp: damping as a fraction of the mean diagonal.
     """
-    eye = jnp.eye(h.shape[0], dtype=h.dtype)
-    eps = float(jnp.finfo(h.dtype).eps)
-    h = (h / jnp.mean(jnp.diagonal(h)))[::-1, ::-1]
+    on_diagonal = jnp.eye(h.shape[0], dtype=bool)
+    mean, eps = jnp.mean(jnp.diagonal(h)), float(jnp.finfo(h.dtype).eps)
 
     def damping(retries):
         raised = max(percdamp, eps) * ESCALATION ** retries.astype(h.dtype)
         return jnp.where(retries == 0, jnp.asarray(percdamp, h.dtype), raised)
 
     def factored(lower):
-        return jnp.min(jnp.diagonal(lower)) ** 2 > eps  # a failed factorization is all NaN, and so is the minimum
+        return jnp.min(jnp.diagonal(lower)) ** 2 > eps * mean  # a failed factorization is NaN, and so is its minimum
 
     def unfinished(state):
         lower, tries = state
@@ -53,9 +52,11 @@ def damped_udu(h: jax.Array, percdamp: float) -> DampedUDU:
 
     def attempt(state):
         _, tries = state
-        return jnp.linalg.cholesky(h + damping(tries) * eye, symmetrize_input=False), tries + 1
+        damped = jnp.where(on_diagonal, jnp.diagonal(h) + damping(tries) * mean, h)
+        return jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False), tries + 1
 
     lower, tries = lax.while_loop(unfinished, attempt, (jnp.zeros_like(h), jnp.int32(0)))
     ok, retries = factored(lower), tries - 1
     upper = (lower / jnp.diagonal(lower))[::-1, ::-1]
-    return DampedUDU(jnp.where(ok, upper, eye), jnp.where(ok, damping(retries), jnp.inf), retries)
+    upper = jnp.where(ok, upper, on_diagonal.astype(h.dtype))
+    return DampedUDU(upper, jnp.where(ok, damping(retries), jnp.inf), retries)

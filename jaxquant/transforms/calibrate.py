@@ -8,15 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
 
 from jaxquant.numerics import statistics
 from jaxquant.numerics.statistics import InputStatistics, Moments
 from jaxquant.transforms.recipe import resolve
-from jaxquant.transforms.tracing import compat, interpreter, products
-from jaxquant.transforms.tracing.assemble import assemble
-from jaxquant.transforms.tracing.recorder import Use
-from jaxquant.transforms.tracing.views import View
+from jaxquant.transforms.tracing import compat, interpreter
+from jaxquant.transforms.tracing.assemble import assemble, roles
+from jaxquant.transforms.tracing.observer import Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,187 +64,94 @@ def calibrate(
     Args:
       fn: `fn(params, batch)`, any JAX function; its result is not used.
       params: its parameters, any pytree of arrays.
-      batches: inputs, each a pytree of arrays; equal shapes compile once.
+      batches: inputs, each a pytree of arrays; equal shapes compile once. Leaves that are no arrays are static.
       recipe: as for `quantize_params`; given, only the weights it takes keep statistics, which saves memory.
-      mask: `mask(batch)` is a bool array, True for tokens and False for padding, shaped like the tokens (`[batch,
+      mask: `mask(batch)` is True (or not zero) for tokens and False for padding, shaped like the tokens (`[batch,
         time]`). Without it, every position is a token.
 
     Raises:
       ValueError: no batch, no product with a weight, or a recipe that takes nothing.
     """
-    program, total, programs = None, None, {}
-    position = 0
+    programs: dict[tuple, _Program] = {}
+    program, total, position = None, None, 0
     for batch in batches:
-        real = None if mask is None else jnp.asarray(mask(batch))
-        shapes = jax.tree.map(lambda a: (np.shape(a), str(jnp.result_type(a))), (batch, real))
-        key = (jax.tree.structure((batch, real)), *map(str, jax.tree.leaves(shapes)))
+        real = None if mask is None else jnp.asarray(mask(batch), bool)
+        key = _kind((batch, real))
         if key not in programs:
             programs[key] = _Program(fn, params, batch, real, recipe)
         if program is not None and programs[key].uses != program.uses:
             raise ValueError("the model function uses its weights differently for batches of different shapes")
         program = programs[key]
-        total = program.empty() if total is None else total
-        total = program.add(total, params, batch, jnp.uint32(position % 2**32), real)
+        new = program.run(params, batch, jnp.uint32(position % 2**32), real)
+        total = new if total is None else _merge(total, new)
         position += _tokens(batch, real)
-    if program is None:
+    if program is None or total is None:
         raise ValueError("calibration needs at least one batch, but `batches` is empty")
-    return program.finish(total)
+    observers = [p.observer for p in programs.values()]
+    return _finish(program, total, observers)
+
+
+def _kind(batch) -> tuple:
+    """What a compiled program depends on: structure, shapes and dtypes, and the values of leaves that are no arrays."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, *((a.shape, a.dtype) if interpreter.traceable(a) else a for a in leaves)
 
 
 def _tokens(batch, real) -> int:
-    """Tokens in a batch: entries of the mask, of integer ids, or rows of floats."""
+    """Tokens in a batch: entries of the mask, or of the first array, whose last axis does not count if it is float."""
     if real is not None:
         return real.size
-    leaves = [np.shape(a) if jnp.issubdtype(jnp.result_type(a), jnp.integer) else np.shape(a)[:-1]
-              for a in jax.tree.leaves(batch)]  # fmt: skip
-    return math.prod(leaves[0]) if leaves else 0
+    for a in jax.tree.leaves(batch):
+        if interpreter.traceable(a) and a.ndim:
+            return math.prod(a.shape[:-1] if jnp.issubdtype(a.dtype, jnp.floating) else a.shape)
+    return 0
 
 
 class _Program:
-    """The model function, interpreted and compiled for one shape of batch."""
+    """The model function, interpreted and compiled for one kind of batch."""
 
     def __init__(self, fn, params, batch, real, recipe):
         closed, _, leaves, arrays = interpreter.trace(fn, params, (batch,))
         self.sizes = {path: np.shape(leaf) for path, leaf in leaves}
-        matrices = {path for path, leaf in leaves if _is_matrix(leaf)}
+        matrices = {path for path, leaf in leaves if interpreter.is_matrix(leaf)}
         taken = matrices if recipe is None else set(resolve(recipe, self.sizes, matrices))
 
         def moments(values, arrays, position, real):
-            observer = Observer(position, real)
+            self.observer = Observer(position, real)
             named = [(path, value) for (path, _), value in zip(leaves, values, strict=True)]
-            _, recorder = interpreter.start(observer, closed, named, arrays, lambda path, _: path in taken)
-            self.recorder, self.observer = recorder, observer
+            _, recorder = interpreter.start(self.observer, closed, named, arrays, lambda path, _: path in taken)
+            self.uses = recorder.uses
             return recorder.moments
 
-        def add(total, params, batch, position, real):
-            arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
-            new = run(jax.tree.leaves(params), arrays, position, real)
-            return [statistics.merge(a, b) for a, b in zip(total, new, strict=True)]
-
-        values = [leaf for _, leaf in leaves]
-        run, self.shapes = compat.stage(moments, values, arrays, jnp.uint32(0), real)
-        self.add = jax.jit(add, donate_argnums=0)
-        self.uses = self.recorder.uses
+        run, _ = compat.stage(moments, [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real)
+        self._compiled = jax.jit(run)
         if not self.uses:
             raise ValueError("the function multiplies nothing with a weight of `params`: there is nothing to calibrate")
 
-    def empty(self) -> list[Moments]:
-        return [statistics.empty_like(m) for m in self.shapes]
-
-    def finish(self, total: list[Moments]) -> Statistics:
-        products, notes = {}, list(self.observer.notes)
-        shared: dict = {}
-        for path in dict.fromkeys(use.path for use in self.uses):
-            uses = {use: sites for use, sites in self.uses.items() if use.path == path}
-            roles = {(use.contract, use.out) for use in uses}
-            if len(roles) > 1:
-                notes.append((path, f"products sum over different axes: {sorted(r[0] for r in roles)}"))
-                continue
-            ((contract, out),) = roles
-            inputs = assemble(uses, total, self.sizes[path], shared)
-            products[path] = ProductStatistics(contract, out, inputs)
-        return Statistics(products, frozenset(self.observer.lookups), tuple(dict.fromkeys(notes)))
+    def run(self, params, batch, position: jax.Array, real: jax.Array | None) -> list[Moments]:
+        """Moments of every site, over one batch."""
+        arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
+        return self._compiled(jax.tree.leaves(params), arrays, position, real)
 
 
-def _is_matrix(leaf) -> bool:
-    return np.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+def _merge_all(total: list[Moments], new: list[Moments]) -> list[Moments]:
+    return [statistics.merge(a, b) for a, b in zip(total, new, strict=True)]
 
 
-class Observer:
-    """The handler that records the inputs of products; the model itself runs unchanged."""
-
-    def __init__(self, position: jax.Array, real: jax.Array | None):
-        self.position, self.real = position, real
-        self.notes: list[tuple[str, str]] = []
-        self.lookups: set[str] = set()
-
-    def rename(self, it, view, takes, eqn, ins):
-        """The operation itself gives the new payload."""
-        return [dataclasses.replace(view, payload=it.bind(eqn, _dense(ins))[0])]
-
-    def lookup(self, it, lookup, eqn, ins):
-        """Rows of an embedding are noted, and keep no statistics."""
-        self.lookups.add(lookup.view.path)
-        return it.bind(eqn, _dense(ins))
-
-    def other(self, it, eqn, ins, why):
-        """Harmless while the weights are dense; noted."""
-        self.notes += [(path, f"`{eqn.primitive.name}`: {why}") for path in interpreter.paths_of(ins)]
-        return it.bind(eqn, _dense(ins))
-
-    def product(self, it, product):
-        """Records the input of a product."""
-        view = product.view
-        ragged = product.groups is not None
-        batch = (products.ragged_axis(product),) if ragged else product.batch_axes
-        if any(lead.how == "scan" and lead.axis in view.cut for lead in view.leads):
-            return self.other(it, product.eqn, product.ins, "a scan runs over a part of the weight's layers")
-        out = tuple(a for a in product.out_axes if a not in batch)
-        use = Use(view.path, product.contract_axes, batch, out, view.leads)
-        it.recorder.record(use, product.x, _signature(product), lambda: self._moments(it, product))
-        return it.bind(product.eqn, _dense(product.ins))
-
-    def _moments(self, it, product: products.Product) -> Moments:
-        x = product.rows(gathered=True)
-        position, real = self._positions(it, product, x.shape[-2]), self._real(product)
-        if product.groups is not None:
-            moments = statistics.observe_groups(x, position, product.groups)
-        else:
-            observe = statistics.observe
-            for _ in product.batch:
-                observe = jax.vmap(observe, in_axes=(0, None, None))
-            moments = _replicated(observe, x)(x, position, real)
-        view = product.view
-        for lead in reversed([lead for lead in view.leads if lead.how == "traced"]):
-            moments = _scattered(moments, view.sizes[lead.axis], view.index[lead.at])
-        return moments
-
-    def _positions(self, it, product, tokens: int) -> jax.Array:
-        """Each row's position in the stream; iterations of a loop that does not run over layers count on."""
-        own = {lead.at for lead in product.view.leads if lead.how == "scan"}
-        start = self.position
-        for token, iteration in it.loops:
-            if token not in own:
-                start = start + iteration.astype(jnp.uint32) * jnp.uint32(tokens)
-        return start + jnp.arange(tokens, dtype=jnp.uint32)
-
-    def _real(self, product) -> jax.Array | None:
-        if self.real is None:
-            return None
-        free = tuple(product.x.shape[d] for d in product.free_dims)
-        if product.groups is None and free in (self.real.shape, (self.real.size,)):
-            return self.real.reshape(-1)
-        self.notes.append(
-            (product.view.path, f"the mask {list(self.real.shape)} does not fit its input rows {list(free)}")
-        )
-        return None
+_merge = jax.jit(_merge_all, donate_argnums=0)
 
 
-def _signature(product: products.Product) -> tuple:
-    """Two products whose inputs are the same object and whose signatures agree have the same moments."""
-    view = product.view
-    order = tuple((xd, tuple((f.axis, f.stride, f.size) for f in view.axes[wd])) for xd, wd in product.contract)
-    ranks = {axis: i for i, axis in enumerate(product.contract_axes)}
-    order = tuple((xd, tuple((ranks[a], s, n) for a, s, n in parts)) for xd, parts in order)
-    leads = tuple((lead.how, id(view.index[lead.at]) if lead.how == "traced" else lead.at, view.sizes[lead.axis])
-                  for lead in view.leads if lead.how != "static")  # fmt: skip
-    shards = tuple(name for axis, name in view.sharded if axis in product.contract_axes)
-    return order, tuple(xd for xd, _ in product.batch), leads, shards, id(product.groups)
-
-
-def _dense(ins: list) -> list:
-    return [v.payload if isinstance(v, View) else v for v in ins]
-
-
-def _replicated(observe, x):
-    """Under a mesh with explicit axes, lets the compiler choose how to sum over sharded tokens."""
-    mesh = jax.typeof(x).sharding.mesh
-    if not any(t == AxisType.Explicit for t in mesh.axis_types):
-        return observe
-    return jax.sharding.auto_axes(observe, out_sharding=PartitionSpec(), axes=mesh.axis_names)
-
-
-def _scattered(moments: Moments, n: int, at) -> Moments:
-    """Moments of one position of an axis of n, with nothing at the others."""
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), moments)
-    return jax.tree.map(lambda zeros, a: zeros.at[at].set(a), statistics.empty_like(shapes), moments)
+def _finish(program: _Program, total: list[Moments], observers: list[Observer]) -> Statistics:
+    products: dict[str, ProductStatistics] = {}
+    notes = [note for observer in observers for note in observer.notes]
+    shared: dict = {}
+    for path in dict.fromkeys(use.path for use in program.uses):
+        uses = {use: sites for use, sites in program.uses.items() if use.path == path}
+        axes = roles(uses, program.sizes[path])
+        if axes is None:
+            notes.append((path, f"products sum over different axes: {sorted({use.contract for use in uses})}"))
+            continue
+        inputs = assemble(uses, total, *axes, program.sizes[path], shared)
+        products[path] = ProductStatistics(*axes, inputs)
+    lookups = frozenset().union(*(observer.lookups for observer in observers))
+    return Statistics(products, lookups, tuple(dict.fromkeys(notes)))

@@ -20,7 +20,7 @@ from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.report import LayerReport, Report
-from jaxquant.transforms.tracing.interpreter import path_name
+from jaxquant.transforms.tracing.interpreter import is_matrix, path_name
 
 CHUNK_BYTES = 2**29  # matrices and statistics that one compiled call works on, at most
 NOT_WEIGHTS = ("scale", "bias", "embedding")  # Flax's names of leaves that a bare config passes over without statistics
@@ -127,7 +127,7 @@ class _Job:
 
 def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[_Job]:
     """The jobs of a recipe, checked."""
-    floats = {p: leaf for p, leaf in named.items() if not is_qtensor(leaf) and _is_float_matrix(leaf)}
+    floats = {p: leaf for p, leaf in named.items() if not is_qtensor(leaf) and is_matrix(leaf)}
     if stats is not None:
         quantizable = {p for p in floats if p in stats.products}
         if isinstance(recipe, list | tuple):
@@ -143,10 +143,6 @@ def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[_Job]
     for job in jobs:
         _check(job)
     return jobs
-
-
-def _is_float_matrix(leaf) -> bool:
-    return np.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _job(path: str, leaf, config, stats: Statistics | None) -> _Job:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
 from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.transforms.tracing import interpreter, payloads, products
+from jaxquant.transforms.tracing import interpreter, payloads
 from jaxquant.transforms.tracing.views import View
 
 
@@ -23,7 +23,7 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
     in the parameters it is `fn` itself.
 
     Args:
-      fn: `fn(params, *inputs)`, any JAX function. Inputs that are no arrays are static and must be hashable.
+      fn: `fn(params, *inputs, **options)`, any JAX function. Inputs that are no arrays are static and must be hashable.
       allow_dense: where a weight is used in a way that no kernel covers, make a dense copy and warn, not fail.
 
     Returns:
@@ -37,13 +37,14 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
 
     @functools.partial(jax.jit, static_argnums=2)
     def compiled(params, arrays, rest):
-        return _interpret(fn, params, rest.join(arrays), _Executor(allow_dense))
+        inputs, options = rest.join(arrays)
+        return _interpret(functools.partial(fn, **options), params, inputs, _Executor(allow_dense))
 
     @functools.wraps(fn)
-    def run(params, *inputs):
+    def run(params, *inputs, **options):
         if not any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
-            return fn(params, *inputs)
-        arrays, rest = _Static.split(inputs)
+            return fn(params, *inputs, **options)
+        arrays, rest = _Static.split((inputs, options))
         return compiled(params, arrays, rest)
 
     return run
@@ -83,60 +84,62 @@ class _Executor:
     def __init__(self, allow_dense: bool):
         self.allow_dense = allow_dense
 
-    def rename(self, it, view, takes, eqn, ins):
-        held = ins[0]
-        for take in takes:
-            held = payloads.take(held, take)
-            if held is None:
-                return self.other(
-                    it, eqn, ins, "it cuts the weight along an axis that groups and packed codes run over"
-                )
-        return [dataclasses.replace(view, payload=held.payload)]
+    def rename(self, it, steps, eqn, ins):
+        """The payload stays as it is, except for slices along leading and output axes."""
+        outs = []
+        for view, takes in steps:
+            held = ins[0]
+            for take in takes:
+                held = payloads.take(held, take)
+                if held is None:
+                    return it.other(eqn, ins, "it cuts the weight along an axis that groups and packed codes run over")
+            outs.append(dataclasses.replace(view, payload=held.payload))
+        return outs
 
     def product(self, it, product):
-        view = product.view
-        ragged = product.groups is not None
-        batch = (products.ragged_axis(product),) if ragged else product.batch_axes
-        if product.contract_axes != payloads.contract_axes(view):
-            own = payloads.contract_axes(view)
+        """The kernel's product."""
+        view, own = product.view, payloads.contract_axes(product.view)
+        if [a for a in product.contract_axes if view.sizes[a] > 1] != [a for a in own if view.sizes[a] > 1]:
             why = f"it sums over axes {product.contract_axes} of the weight, which was quantized along axes {own}"
-            return self.other(it, product.eqn, product.ins, why)
-        q = payloads.with_leads(view, batch)
+            return it.other(product.eqn, product.ins, why)
+        q = payloads.arranged(view, product.stack_factors)
         if q is None:
-            leads = tuple(payloads.payload_leads(view))
-            why = f"it batches over axes {batch} of the weight, which stacks matrices along axes {leads}"
-            return self.other(it, product.eqn, product.ins, why)
+            return it.other(product.eqn, product.ins, "it batches over an axis that the weight was quantized along")
         kept = {name: product.eqn.params[name] for name in ("preferred_element_type", "precision")}
-        if ragged:
+        if product.groups is not None:
             return [product.restore(quantized_ragged_matmul(product.rows(), q, product.groups, **kept))]
         return [product.restore(quantized_matmul(product.rows(), q, **kept))]
 
     def lookup(self, it, lookup, eqn, ins):
+        """Only the rows asked for are dequantized."""
         rows = payloads.take_rows(lookup.view, lookup.axis, lookup.ids)
         if rows is None:
-            return self.other(it, eqn, ins, "it looks up positions along an axis that groups and packed codes run over")
+            return it.other(eqn, ins, "it looks up positions along an axis that groups and packed codes run over")
         if lookup.fill is not None:
             inside = (lookup.ids >= 0) & (lookup.ids < lookup.view.sizes[lookup.axis])
             inside = jnp.expand_dims(inside, tuple(range(inside.ndim, rows.ndim)))
             rows = jnp.where(inside, rows, jnp.asarray(lookup.fill, rows.dtype))
         return [jnp.moveaxis(rows, range(lookup.ids.ndim, rows.ndim), lookup.offset_dims)]
 
-    def other(self, it, eqn, ins, why):
-        paths = ", ".join(f"'{p}'" for p in interpreter.paths_of(ins))
-        message = f"`{eqn.primitive.name}` meets the quantized weight {paths}: {why}"
+    def dense(self, eqn, values, why):
+        """Dense copies if they are allowed, and an error if not."""
+        return self._dense(f"`{eqn.primitive.name}` meets", values, why)
+
+    def result(self, out):
+        """A result of the function: a weight may be returned whole."""
+        if isinstance(out, View) and out.untouched and not out.leads:
+            return dataclasses.replace(out.payload, dtype=out.dtype)
+        return self._dense("the function returns a part of", [out], "return it whole, or not at all")[0]
+
+    def _dense(self, what: str, values: list, why: str) -> list:
+        paths = ", ".join(f"'{p}'" for p in interpreter.paths_of(values))
+        if not paths:
+            return values
+        message = f"{what} the quantized weight {paths}: {why}"
         if not self.allow_dense:
             raise TypeError(
                 f"{message}. Leave the weight out of the recipe, or call quantized(fn, allow_dense=True) to make a "
                 "dense copy of it here"
             )
         warnings.warn(f"{message}; a dense copy was made", stacklevel=2)
-        return it.bind(eqn, [payloads.densify(v) if isinstance(v, View) else v for v in ins])
-
-    def result(self, out):
-        if not isinstance(out, View):
-            return out
-        if out.untouched and not out.leads:
-            return out.payload
-        raise TypeError(
-            f"the function returns a part of the quantized weight '{out.path}'; return it whole, or not at all"
-        )
+        return [payloads.densify(v) if isinstance(v, View) else v for v in values]

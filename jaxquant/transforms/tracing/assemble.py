@@ -1,75 +1,100 @@
 """Puts the moments of a weight's uses together, with their leading axes in the weight's own order."""
 
-import itertools
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.numerics import statistics
 from jaxquant.numerics.statistics import InputStatistics, Moments
 from jaxquant.transforms.tracing.recorder import Use
 
+Uses = Mapping[Use, set[int]]
+
+
+def roles(uses: Uses, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The contracting and the output axes of a weight; None if its uses contradict each other.
+
+    An axis of size 1 has the role that any use gives it. An axis of which a program takes one part for one product and
+    another part for the next is an output axis if those products share an input, as the parts of a fused projection
+    do; otherwise it stacks layers.
+    """
+    wide = {a for a, n in enumerate(sizes) if n > 1}
+    if len({frozenset(use.contract) & wide for use in uses}) > 1:
+        return None
+    contract = {a for use in uses for a in use.contract}
+    stacked = {f.axis for use in uses for f in use.batch}
+    out = {a for use in uses for a in use.out} - contract
+    if out & stacked & wide:
+        return None
+    out -= stacked
+    out |= {a for a in range(len(sizes)) if a not in contract | stacked and _shares_input(uses, a)}
+    return tuple(sorted(contract)), tuple(sorted(out))
+
+
+def _shares_input(uses: Uses, axis: int) -> bool:
+    """Whether all parts of an axis that are used are taken by index, and read the same inputs."""
+    reads: dict[tuple, set] = {}
+    for use, sites in uses.items():
+        parts = tuple((lead.factor, lead.at) for lead in use.leads if lead.factor.axis == axis and lead.how == "static")
+        if not parts or len(parts) < sum(lead.factor.axis == axis for lead in use.leads):
+            return False
+        reads.setdefault(parts, set()).update(sites)
+    if len(reads) == 1:  # one layer of a stack, or one column of a matrix
+        return all(axis > min(use.contract) for use in uses)
+    return len({frozenset(sites) for sites in reads.values()}) == 1
+
 
 def assemble(
-    uses: Mapping[Use, set[int]], total: list[Moments], sizes: tuple[int, ...], shared: dict
+    uses: Uses,
+    total: list[Moments],
+    contract: tuple[int, ...],
+    out: tuple[int, ...],
+    sizes: tuple[int, ...],
+    shared: dict,
 ) -> InputStatistics:
     """Statistics of one weight's inputs.
 
     Args:
-      uses: its uses, all with the same contracting axes, and the sites they read.
+      uses: its uses, and the sites that they read.
       total: moments of each site.
-      sizes: of the weight's axes.
+      contract, out: the roles of its axes.
+      sizes: of its axes.
       shared: results by what they are made of, so that weights that share inputs share one object.
     """
-    first = next(iter(uses))
-    leads = [a for a in range(len(sizes)) if a not in first.contract + first.out]
-    pieces: dict[tuple, list] = {}
-    for use, sites in uses.items():
-        at = {lead.axis: lead.at for lead in use.leads if lead.how == "static"}
-        position = tuple(at.get(a) for a in leads)
-        pieces.setdefault(position, []).append((tuple(use.stacked), tuple(sorted(sites))))
-    widths = tuple(sizes[a] for a in leads)
-    order = {axis: i for i, axis in enumerate(leads)}
-    recipe = tuple(sorted(
-        ((p, tuple(sorted({(tuple(order[a] for a in stacked), sites) for stacked, sites in reads})))
-         for p, reads in pieces.items()), key=str))  # fmt: skip
-    if (recipe, widths) not in shared:
-        shared[recipe, widths] = statistics.finish(_build(recipe, widths, total))
-    return shared[recipe, widths]
+    axes = [a for a in range(len(sizes)) if a not in contract + out]
+    reads = {(tuple(use.positions(axes, sizes).tolist()), site) for use, sites in uses.items() for site in sites}
+    grid = tuple(sizes[a] for a in axes)
+    key = tuple(sorted(reads)), grid
+    if key not in shared:
+        moments = _placed([(at, total[site]) for at, site in sorted(reads)], math.prod(grid))
+        whole = jax.tree.map(lambda a: a.reshape(*grid, *a.shape[1:]), moments)
+        shared[key] = statistics.finish(whole)
+    return shared[key]
 
 
-def _build(recipe: tuple, widths: tuple[int, ...], total: list[Moments]) -> Moments:
-    by_position = {position: _summed(reads, total, position) for position, reads in recipe}
-    if list(by_position) == [(None,) * len(widths)]:
-        return by_position[(None,) * len(widths)]
-    static = [i for i in range(len(widths)) if any(p[i] is not None for p in by_position)]
-    grid = [range(n) if i in static else (None,) for i, n in enumerate(widths)]
-    blank = statistics.empty_like(next(iter(by_position.values())))
-    stack = [by_position.get(p, blank) for p in itertools.product(*grid)]
-    ragged = [p for p in by_position if p not in set(itertools.product(*grid))]
-    if ragged:
-        raise ValueError(f"the model takes layers of one weight both one by one and in a loop, at positions {ragged}")
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *stack)
-    split = jax.tree.map(lambda a: a.reshape(*(widths[i] for i in static), *a.shape[1:]), stacked)
-    rest = [i for i in range(len(widths)) if i not in static]
-    return _transposed(split, [*static, *rest])
-
-
-def _summed(reads: tuple, total: list[Moments], position: tuple) -> Moments:
-    """Moments of all sites that one position reads, with the stacked axes in the weight's order."""
+def _placed(reads: list[tuple[tuple[int, ...], Moments]], count: int) -> Moments:
+    """Moments `[count, ...]`, merged from stacks of moments whose entries belong at the given positions."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for row, position in enumerate(position for at, _ in reads for position in at):
+        rows[position].append(row)
+    stacks = [_flattened(m, len(at)) for at, m in reads]
+    blank = sum(len(at) for at, _ in reads)
+    if len(set(map(len, rows))) > 1:
+        stacks.append(statistics.empty_like(jax.tree.map(lambda a: a[:1], stacks[0])))
+    stack = jax.tree.map(lambda *a: jnp.concatenate(a), *stacks) if len(stacks) > 1 else stacks[0]
     result = None
-    for stacked, sites in reads:
-        free = [i for i, p in enumerate(position) if p is None]
-        missing = [i for i in free if i not in stacked]  # axes of size 1, squeezed away
-        ones = (1,) * len(missing)
-        for site in sites:
-            m = jax.tree.map(lambda a, ones=ones: a.reshape(ones + a.shape), total[site])
-            m = _transposed(m, [*missing, *stacked])
-            result = m if result is None else statistics.merge(result, m)
+    for i in range(max(map(len, rows))):
+        order = np.asarray([r[i] if i < len(r) else blank for r in rows])
+        whole = np.array_equal(order, np.arange(blank))
+        part = stack if whole else jax.tree.map(lambda a, order=order: a[order], stack)
+        result = part if result is None else statistics.merge(result, part)
+    assert result is not None
     return result
 
 
-def _transposed(m: Moments, axes: list[int]) -> Moments:
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    return jax.tree.map(lambda a: jnp.transpose(a, [*order, *range(len(order), a.ndim)]), m)
+def _flattened(m: Moments, count: int) -> Moments:
+    lead = m.count.ndim
+    return jax.tree.map(lambda a: a.reshape(count, *a.shape[lead:]), m)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.extend.core as jexc
+from jax import lax
 
 JIT = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("checkpoint", "remat", "remat2")
@@ -35,12 +36,35 @@ def bind(eqn, values: list, closed: jexc.ClosedJaxpr) -> list:
     return [None if isinstance(v, jexc.DropVar) else next(results) for v in eqn.outvars]
 
 
+def run(closed: jexc.ClosedJaxpr):
+    """A callable that runs a jaxpr on flat arguments."""
+    return jexc.jaxpr_as_fun(closed)
+
+
 def stage(fn, *args):
-    """Traces `fn` once. Returns a callable that runs the traced program, and the shapes of its results."""
+    """Traces `fn` once. Returns a callable that runs the traced program, and the types of its results."""
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     structure = jax.tree.structure(shapes)
-    run = jexc.jaxpr_as_fun(jaxpr)
-    return lambda *a: jax.tree.unflatten(structure, run(*jax.tree.leaves(a))), shapes
+    types = jax.tree.unflatten(structure, jaxpr.out_avals)
+    return lambda *a: jax.tree.unflatten(structure, run(jaxpr)(*jax.tree.leaves(a))), types
+
+
+def varying(x) -> frozenset:
+    """The mesh axes over which a value inside `shard_map` differs, as far as JAX keeps track (`check_vma`)."""
+    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    return aval.vma if kind is None else kind.varying
+
+
+def mesh_axes(x) -> list[str]:
+    """`varying(x)`, in the order of the mesh."""
+    return [name for name in jax.sharding.get_abstract_mesh().axis_names if name in varying(x)]
+
+
+def varying_as(x: jax.Array, like) -> jax.Array:
+    """`x`, with the type of a value that differs over the same mesh axes as `like`."""
+    missing = tuple(varying(like) - varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def scan_groups(eqn) -> tuple[int, int]:

@@ -7,19 +7,26 @@ from typing import Any, Protocol
 
 import jax
 import jax.extend.core as jexc
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.transforms.tracing import compat, products
 from jaxquant.transforms.tracing.loops import CALLS
 from jaxquant.transforms.tracing.recorder import Recorder
-from jaxquant.transforms.tracing.views import RENAMINGS, Take, View, make_view
+from jaxquant.transforms.tracing.views import RENAMINGS, Step, View, make_view, within
+
+
+# Operations that models repeat on one input for each weight, and that take no time to compare.
+REPEATED = frozenset(
+    ("convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "lt", "add", "select_n")
+)
 
 
 class Handler(Protocol):
-    """What a transformation does with weights. Each method returns the equation's results."""
+    """What a transformation does with weights. `rename`, `product` and `lookup` return the equation's results."""
 
-    def rename(self, it: "Interpreter", view: View, takes: list[Take], eqn, ins: list) -> list:
-        """An operation that renames the weight; `view` has everything but the new payload."""
+    def rename(self, it: "Interpreter", steps: list[Step], eqn, ins: list) -> list:
+        """An operation that renames the weight; the steps have everything but the new payloads."""
 
     def product(self, it: "Interpreter", product: products.Product) -> list:
         """A product that consumes it."""
@@ -27,25 +34,27 @@ class Handler(Protocol):
     def lookup(self, it: "Interpreter", lookup: products.Lookup, eqn, ins: list) -> list:
         """A gather of its rows."""
 
-    def other(self, it: "Interpreter", eqn, ins: list, why: str) -> list:
-        """Anything else that it enters."""
+    def dense(self, eqn, values: list, why: str) -> list:
+        """The values, with arrays in place of views: `eqn` uses them in a way that cannot be followed."""
 
 
 @dataclasses.dataclass
 class Interpreter:
-    """Interprets jaxprs with one handler; each scope (loop body, called function) has its own, see `scope`.
+    """Interprets jaxprs with one handler; each scope (loop body, checkpointed function) has its own, see `scope`.
 
     Attributes:
       handler: what is done with weights.
       recorder: statistics of this scope.
       loops: (token, iteration) of every loop around this scope, outermost first.
-      tokens: source of scan tokens, shared by all scopes.
+      tokens: source of loop tokens, shared by all scopes.
+      repeated: results of the operations in REPEATED, by what they were made of.
     """
 
     handler: Handler
     recorder: Recorder = dataclasses.field(default_factory=Recorder)
     loops: tuple[tuple[int, jax.Array], ...] = ()
     tokens: Any = dataclasses.field(default_factory=itertools.count)
+    repeated: dict = dataclasses.field(default_factory=dict)
     closed: jexc.ClosedJaxpr | None = None
 
     def run(self, closed: jexc.ClosedJaxpr, args: list) -> list:
@@ -59,9 +68,27 @@ class Interpreter:
 
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
-            outs = self.equation(eqn, ins) if any(isinstance(i, View) for i in ins) else self.bind(eqn, ins)
+            outs = self.equation(eqn, ins) if any(isinstance(i, View) for i in ins) else self.plain(eqn, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
+
+    def plain(self, eqn, ins: list) -> list:
+        """Runs one equation that no view enters, or finds what the same one has given before.
+
+        So an input that is cast anew for each weight is one input, and a layer taken at one position is one position.
+        """
+        name = eqn.primitive.name
+        scalars = [v.val if isinstance(v, jexc.Literal) else None for v in eqn.invars]
+        if name not in REPEATED or (name in ("lt", "add", "select_n") and eqn.outvars[0].aval.shape):
+            return self.bind(eqn, ins)
+        key = (
+            name,
+            str(eqn.params),
+            *(id(i) if s is None else (s, s.dtype) for i, s in zip(ins, scalars, strict=True)),
+        )
+        if key not in self.repeated:
+            self.repeated[key] = (self.bind(eqn, ins), ins)  # the inputs are kept, so that their ids stay theirs
+        return self.repeated[key][0]
 
     def bind(self, eqn, ins: list) -> list:
         """Runs one equation unchanged, on values without views."""
@@ -75,9 +102,9 @@ class Interpreter:
         if name == "optimization_barrier":
             return ins  # it only orders computation
         if name in RENAMINGS and isinstance(ins[0], View):
-            step = RENAMINGS[name](ins[0], eqn, ins)
-            if step is not None:
-                return self.handler.rename(self, *step, eqn, ins)
+            steps = RENAMINGS[name](ins[0], eqn, ins)
+            if steps is not None:
+                return self.handler.rename(self, [self._placed(s, ins[0]) for s in steps], eqn, ins)
         if name == "gather" and (lookup := products.as_lookup(eqn, ins)) is not None:
             return self.handler.lookup(self, lookup, eqn, ins)
         product = products.as_product(eqn, ins)
@@ -87,9 +114,16 @@ class Interpreter:
             return self.other(eqn, ins, "it sums over a part of an axis of the weight")
         return self.handler.product(self, product)
 
+    def _placed(self, step: Step, old: View) -> Step:
+        return (within(step[0], old, self.loops[-1][0]), step[1]) if self.loops else step
+
     def other(self, eqn, ins: list, why: str) -> list:
-        """Hands the handler an equation that cannot be followed."""
-        return self.handler.other(self, eqn, ins, why)
+        """Runs an equation that cannot be followed on dense values."""
+        return self.bind(eqn, self.handler.dense(eqn, ins, why))
+
+    def inline(self, closed: jexc.ClosedJaxpr, args: list) -> list:
+        """Runs an inner jaxpr as if its equations stood here: products in it share statistics with those around it."""
+        return Interpreter(self.handler, self.recorder, self.loops, self.tokens, self.repeated).run(closed, args)
 
     def scope(self, closed: jexc.ClosedJaxpr, loop: int | None = None) -> "Scope":
         """A callable that runs an inner jaxpr with this handler; `loop` is the token of the loop whose body it is."""
@@ -118,7 +152,7 @@ class Scope:
 
 def paths_of(ins: list) -> list[str]:
     """The paths of the weights among an equation's inputs."""
-    return [v.path for v in ins if isinstance(v, View)]
+    return list(dict.fromkeys(v.path for v in ins if isinstance(v, View)))
 
 
 def path_name(key_path) -> str:
@@ -129,6 +163,11 @@ def path_name(key_path) -> str:
 def traceable(leaf) -> bool:
     """Whether an input of a model function is an array; the rest (flags, None, strings) is static."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def is_matrix(leaf) -> bool:
+    """Whether a leaf of a parameter tree is a float array of two or more axes."""
+    return traceable(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = None):

@@ -1,4 +1,8 @@
-"""Rules for call-like primitives: how weights enter an inner jaxpr and its statistics come back out."""
+"""Rules for call-like primitives: how weights enter an inner jaxpr and its statistics come back out.
+
+What an inner jaxpr returns may be a view only where the call is inlined; elsewhere JAX's control flow would have to
+carry it, and it is made dense.
+"""
 
 import dataclasses
 from functools import partial
@@ -9,10 +13,11 @@ from jax import lax
 
 from jaxquant.numerics import statistics
 from jaxquant.numerics.qtensor import QTensor
-from jaxquant.transforms.tracing import compat
-from jaxquant.transforms.tracing.payloads import payload_axis, payload_leads
+from jaxquant.transforms.tracing import compat, payloads
 from jaxquant.transforms.tracing.shards import call_shard_map
-from jaxquant.transforms.tracing.views import Lead, View
+from jaxquant.transforms.tracing.views import Lead, Take, View
+
+ESCAPES = "the weight leaves its body as a result"
 
 
 def _merge(it, function, result) -> list:
@@ -21,10 +26,9 @@ def _merge(it, function, result) -> list:
     return list(outs)
 
 
-def call_jit(it, eqn, ins: list) -> list:
-    """A jitted function inside the model."""
-    function = it.scope(compat.inner_jaxpr(eqn))
-    return _merge(it, function, jax.jit(function)(ins))
+def call_inline(it, eqn, ins: list) -> list:
+    """A jitted function, or one with a custom derivative: its primal. The derivative is then JAX's own."""
+    return it.inline(compat.inner_jaxpr(eqn), ins)
 
 
 def call_remat(it, eqn, ins: list) -> list:
@@ -34,44 +38,45 @@ def call_remat(it, eqn, ins: list) -> list:
     return _merge(it, function, jax.checkpoint(function, **kept)(ins))
 
 
-def call_inline(it, eqn, ins: list) -> list:
-    """A function with a custom derivative, when a weight enters it: its primal; the derivative is then JAX's own."""
-    function = it.scope(compat.inner_jaxpr(eqn))
-    return _merge(it, function, function(ins))
-
-
-def _empty(shapes: list) -> list:
-    return [statistics.empty_like(m) for m in shapes]
+def _empty(avals: list) -> list:
+    return [jax.tree.map(compat.varying_as, statistics.empty_like(m), m) for m in avals]
 
 
 def _merged(a: list, b: list) -> list:
     return [statistics.merge(x, y) for x, y in zip(a, b, strict=True)]
 
 
+def _dense(it, eqn, values: list, why: str, start: int = 0) -> list:
+    """The values, with those from `start` on made dense if one of them is a view."""
+    if not any(isinstance(v, View) for v in values[start:]):
+        return values
+    return values[:start] + it.handler.dense(eqn, values[start:], why)
+
+
 def call_scan(it, eqn, ins: list) -> list:
     """A scan: a view among the sliced inputs becomes, in the body, a view of one layer, and its statistics stack."""
+    if eqn.params["length"] == 0:
+        return it.other(eqn, ins, "it has no iterations")
     consts, carried = compat.scan_groups(eqn)
     const, carry, xs = ins[:consts], ins[consts : consts + carried], ins[consts + carried :]
-    if any(isinstance(c, View) for c in carry):
-        return it.other(eqn, ins, "the weight is carried from iteration to iteration; pass it in as a constant")
-    if not all(_sliceable(x) for x in xs if isinstance(x, View)):
-        return it.other(eqn, ins, "it slices an axis of the weight that is not a whole, leading one")
+    carry = _dense(it, eqn, carry, "the weight is carried from iteration to iteration; pass it in as a constant")
+    uncut = "it slices an axis of the weight that is not a whole one, or that groups and packed codes run over"
+    xs = [x if _sliceable(x) else it.handler.dense(eqn, [x], uncut)[0] for x in xs]
     token = next(it.tokens)
     function = it.scope(compat.inner_jaxpr(eqn), token)
-    fronted = [_to_front(x) for x in xs]
-    positions = [x.index if isinstance(x, View) else () for x in xs]
-    plain = [dataclasses.replace(x, index=()) if isinstance(x, View) else x for x in fronted]
+    arrays = [None if _indexed(x) else dataclasses.replace(x, index=()) if isinstance(x, View) else x for x in xs]
 
     def body(state, step):
-        i, xs = step
-        layer = [_one_layer(x, at, token) for x, at in zip(xs, positions, strict=True)]
+        i, sliced = step
+        layer = [_one_layer(x, a, i, token) for x, a in zip(xs, sliced, strict=True)]
         outs, moments = function([*const, *state, *layer], i)
+        outs = _dense(it, eqn, outs, ESCAPES)
         stacks = [token in scans for scans in function.recorder.scans]
         summed = [m for m, s in zip(moments, stacks, strict=True) if not s]
         return outs[:carried], outs[carried:], summed, [m for m, s in zip(moments, stacks, strict=True) if s]
 
-    steps = (jnp.arange(eqn.params["length"]), plain)
-    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), steps)
+    steps = (jnp.arange(eqn.params["length"]), arrays)
+    first = jax.tree.map(lambda a: lax.index_in_dim(a, 0, keepdims=False), steps)  # only its type is used
     run, (_, _, shapes, _) = compat.stage(body, carry, first)
 
     def step(state, x):
@@ -85,57 +90,64 @@ def call_scan(it, eqn, ins: list) -> list:
     return _merge(it, function, ([*outs, *ys], moments))
 
 
-def _sliceable(x: View) -> bool:
-    axis = x.whole(0)
-    if axis is None:
-        return False
-    return axis in payload_leads(x) if isinstance(x.payload, QTensor) else axis not in x.cut
-
-
-def _to_front(x):
-    """Moves the axis that a scan slices to the front of a QTensor's arrays (a dense payload has it there)."""
-    if not isinstance(x, View) or not isinstance(x.payload, QTensor):
-        return x
-    at = payload_axis(x, x.whole(0))
-    return dataclasses.replace(x, payload=jax.tree.map(lambda a: jnp.moveaxis(a, at, 0), x.payload))
-
-
-def _one_layer(x, positions, token):
+def _sliceable(x) -> bool:
     if not isinstance(x, View):
-        return x
-    lead = Lead(x.axes[0][0].axis, "scan", token)
-    return dataclasses.replace(x, axes=x.axes[1:], leads=(*x.leads, lead), index=positions)
+        return True
+    f = x.factor(0)
+    return f is not None and (not isinstance(x.payload, QTensor) or payloads.payload_axis(x, f.axis) is not None)
+
+
+def _indexed(x) -> bool:
+    """Whether the body takes its layer of a view itself: JAX would slice the wrong axis of a QTensor's arrays."""
+    return isinstance(x, View) and isinstance(x.payload, QTensor)
+
+
+def _one_layer(x, sliced, i, token: int):
+    if not isinstance(x, View):
+        return sliced
+    f = x.axes[0][0]
+    view = payloads.take(x, Take(f, i, None)) if _indexed(x) else sliced
+    return dataclasses.replace(view, axes=x.axes[1:], leads=(*x.leads, Lead(f, "scan", None, token)), index=x.index)
 
 
 def call_while(it, eqn, ins: list) -> list:
     """A while loop: statistics are summed in the carry."""
     a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_const, body_const, init = ins[:a], ins[a : a + b], ins[a + b :]
-    if any(isinstance(v, View) for v in [*cond_const, *init]):
-        return it.other(eqn, ins, "the weight is in the loop's condition or carried; pass it to the body as a constant")
-    token = next(it.tokens)
+    why = "the weight is in the loop's condition or carried; pass it to the body as a constant"
+    cond_const, init = _dense(it, eqn, ins[:a], why), _dense(it, eqn, ins[a + b :], why)
+    body_const, token = ins[a : a + b], next(it.tokens)
     function = it.scope(compat.close(eqn.params["body_jaxpr"]), token)
-    run, (_, shapes) = compat.stage(lambda c, i: function([*body_const, *c], i), init, jnp.int32(0))
-    condition = compat.stage(lambda c: _run_plain(it, eqn.params["cond_jaxpr"], [*cond_const, *c])[0], init)[0]
+
+    def once(carry, i):
+        outs, moments = function([*body_const, *carry], i)
+        return _dense(it, eqn, outs, ESCAPES), moments
+
+    run, (_, shapes) = compat.stage(once, init, jnp.int32(0))
+    test = compat.run(compat.close(eqn.params["cond_jaxpr"]))
 
     def body(state):
         carry, moments, i = state
         outs, new = run(carry, i)
         return outs, _merged(moments, new), i + 1
 
-    outs, moments, _ = lax.while_loop(lambda s: condition(s[0]), body, (init, _empty(shapes), jnp.int32(0)))
+    state = (init, _empty(shapes), jnp.int32(0))
+    outs, moments, _ = lax.while_loop(lambda s: test(*cond_const, *s[0])[0], body, state)
     return _merge(it, function, (outs, moments))
-
-
-def _run_plain(it, jaxpr, args):
-    return it.scope(compat.close(jaxpr))(args)[0]
 
 
 def call_cond(it, eqn, ins: list) -> list:
     """A conditional: a branch that is not taken adds statistics of no rows."""
-    index, args = ins[0], ins[1:]
+    index, args = _dense(it, eqn, ins[:1], "the weight decides which branch is taken")[0], ins[1:]
     functions = [it.scope(compat.close(branch)) for branch in eqn.params["branches"]]
-    staged = [compat.stage(function, args) for function in functions]
+
+    def one(function):
+        def run(args):
+            outs, moments = function(args)
+            return _dense(it, eqn, outs, ESCAPES), moments
+
+        return run
+
+    staged = [compat.stage(one(function), args) for function in functions]
     shapes = [moments for _, (_, moments) in staged]
 
     def branch(i, *args):
@@ -143,16 +155,16 @@ def call_cond(it, eqn, ins: list) -> list:
         return outs, [moments if j == i else _empty(s) for j, s in enumerate(shapes)]
 
     branches = [partial(branch, i) for i in range(len(staged))]
-    outs, moments = lax.switch(index.astype(jnp.int32), branches, *args)
+    outs, moments = lax.switch(jnp.int32(index), branches, *args)
     for function, m in zip(functions, moments, strict=True):
         it.recorder.absorb(function.recorder, m)
     return list(outs)
 
 
 CALLS = {
-    **dict.fromkeys(compat.JIT, call_jit),
-    **dict.fromkeys(compat.REMAT, call_remat),
+    **dict.fromkeys(compat.JIT, call_inline),
     **dict.fromkeys(compat.CUSTOM, call_inline),
+    **dict.fromkeys(compat.REMAT, call_remat),
     "scan": call_scan,
     "while": call_while,
     "cond": call_cond,

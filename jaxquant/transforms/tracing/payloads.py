@@ -1,9 +1,12 @@
 """QTensors as payloads of views: their arrays stay canonical, `[*lead, ·, *out]`, whatever the program does.
 
-Only taking positions along leading and output axes touches the arrays; everything else is bookkeeping of the view.
+Only taking positions along leading and output axes touches the arrays; everything else is bookkeeping of the view. An
+axis of the weight that a reshape has split into several factors stays one axis of the arrays until its last factor is
+taken.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ from jax import lax
 
 from jaxquant.kernels.reference import dense
 from jaxquant.numerics.qtensor import QTensor
-from jaxquant.transforms.tracing.views import Factor, Lead, Take, View
+from jaxquant.transforms.tracing.views import Factor, Take, View, own_order, taken
 
 
 def _own(axes: tuple[int, ...], view: View) -> list[int]:
@@ -23,63 +26,99 @@ def contract_axes(view: View) -> tuple[int, ...]:
     return tuple(_own(view.payload.contract, view))
 
 
-def payload_leads(view: View) -> list[int]:
-    """The weight's leading axes that its QTensor still has, in the order of its arrays' axes."""
-    gone = {*_own(view.payload.contract + view.payload.out, view), *(lead.axis for lead in view.leads)}
-    return [a for a in range(len(view.sizes)) if a not in gone]
+def _is_gone(view: View, axis: int) -> bool:
+    """Whether positions were taken along a whole axis. (One of size 1 may be squeezed away, and is then still held.)"""
+    sizes = [lead.factor.size for lead in view.leads if lead.factor.axis == axis]
+    return bool(sizes) and math.prod(sizes) == view.sizes[axis]
+
+
+def _held(view: View) -> tuple[list[int], list[int]]:
+    """The weight's leading and output axes that its QTensor still has, in the order of its arrays' axes."""
+    out = _own(view.payload.out, view)
+    named = {*contract_axes(view), *out}
+    return [a for a in range(len(view.sizes)) if a not in named and not _is_gone(view, a)], out
 
 
 def payload_axis(view: View, axis: int) -> int | None:
     """The axis of a QTensor's arrays that holds an axis of the weight; None for contracting axes."""
-    leads, out = payload_leads(view), _own(view.payload.out, view)
+    leads, out = _held(view)
     if axis in leads:
         return leads.index(axis)
     return len(leads) + 1 + out.index(axis) if axis in out else None
 
 
+def _factors(view: View, axis: int) -> list[Factor]:
+    """The factors of an axis that its QTensor still has, major to minor."""
+    factors = sorted((f for dim in view.axes for f in dim if f.axis == axis), key=lambda f: -f.stride)
+    return factors or [Factor(axis, 1, 1)]
+
+
+def _sizes(factors: list[Factor], n: int) -> list[int]:
+    """Sizes of the factors of an array's axis of size n, which is 1 in the scale of a whole tensor."""
+    return [f.size if n > 1 else 1 for f in factors]
+
+
+def _inside(start, n: int, size: int):
+    """The start of a slice of n positions as XLA moves it inside; JAX's functions would count a negative one back."""
+    return jnp.clip(start, 0, max(n - size, 0)) if isinstance(start, jax.Array) else min(start, n - size)
+
+
 def take(view: View, step: Take) -> View | None:
-    """The view with one slice applied to its QTensor; None along a contracting axis."""
-    at = payload_axis(view, step.axis)
+    """The view after a slice, with its QTensor sliced; None along a contracting axis."""
+    at = payload_axis(view, step.factor.axis)
     if at is None:
         return None
-    n = view.sizes[step.axis]
+    factors = _factors(view, step.factor.axis)
+    place = factors.index(step.factor)
 
-    def cut(a):
-        whole = a.shape[at] == n  # otherwise it is the scale of a whole tensor, 1 along its output axes
-        if step.size is None:
-            return lax.dynamic_index_in_dim(a, step.start if whole else 0, at, keepdims=False)
-        return lax.dynamic_slice_in_dim(a, step.start, step.size, at) if whole else a
+    def one(a):
+        sizes = _sizes(factors, a.shape[at])
+        a = a.reshape(*a.shape[:at], *sizes, *a.shape[at + 1 :])
+        start = _inside(step.start, sizes[place], 1)
+        a = lax.dynamic_index_in_dim(a, start, at + place, keepdims=False)
+        rest = sizes[:place] + sizes[place + 1 :]
+        return a.reshape(*a.shape[:at], *([math.prod(rest)] if rest else []), *a.shape[at + len(rest) :])
 
-    q = jax.tree.map(cut, view.payload)
-    if step.size is not None:
-        sizes = tuple(step.size if a == step.axis else size for a, size in enumerate(view.sizes))
-        return dataclasses.replace(view, payload=q, sizes=sizes)
-    q = dataclasses.replace(q, out=tuple(a for a in q.out if a + len(view.sizes) != step.axis))
-    return dataclasses.replace(view, payload=q, leads=(*view.leads, Lead(step.axis, "static", 0)))
+    def several(a):
+        start = _inside(step.start, a.shape[at], step.size)
+        return lax.dynamic_slice_in_dim(a, start, step.size, at) if a.shape[at] > 1 else a
+
+    q = jax.tree.map(one if step.size is None else several, view.payload)
+    after = taken(view, view.axes.index((step.factor,)), step)
+    out = tuple(a for a in q.out if not _is_gone(after, a + len(view.sizes)))
+    return dataclasses.replace(after, payload=dataclasses.replace(q, out=out))
 
 
-def with_leads(view: View, batch: tuple[int, ...]) -> QTensor | None:
-    """The QTensor with exactly the leading axes `batch`, in that order, in the view's dtype; None if it has others."""
-    leads = payload_leads(view)
-    rest = [a for a in leads if a not in batch]
-    if not set(batch) <= set(leads) or any(view.sizes[a] > 1 for a in rest):
-        return None  # a leading axis of size 1 may have been squeezed away without a trace
-    order = [leads.index(a) for a in (*rest, *batch)]
+def arranged(view: View, batch: tuple[Factor, ...]) -> QTensor | None:
+    """The QTensor with exactly the leading axes `batch`, in that order, and all others as outputs, in the view's dtype.
 
-    def arranged(a):
-        a = jnp.transpose(a, [*order, *range(len(leads), a.ndim)])
-        return a.reshape(a.shape[len(rest) :])
+    The output axes stand in the weight's own order. None if a batch axis is a contracting one.
+    """
+    q, (leads, out) = view.payload, _held(view)
+    before, after = ([f for a in axes for f in _factors(view, a)] for axes in (leads, out))
+    places = {f: i + (i >= len(before)) for i, f in enumerate([*before, *after])}
+    rest = [f for f in places if f not in batch]
+    if not set(batch) <= set(places):
+        return None
+    order = [places[f] for f in batch] + [len(before)] + [places[rest[i]] for i in own_order(rest)]
 
-    return dataclasses.replace(jax.tree.map(arranged, view.payload), dtype=view.dtype)
+    def one(a):
+        k = len(leads)
+        sizes = [[n for axis, n0 in zip(axes, ns, strict=True) for n in _sizes(_factors(view, axis), n0)]
+                 for axes, ns in ((leads, a.shape[:k]), (out, a.shape[k + 1 :]))]  # fmt: skip
+        a = jnp.transpose(a.reshape(*sizes[0], a.shape[k], *sizes[1]), order)
+        return jnp.broadcast_to(a, (*(f.size for f in batch), *a.shape[len(batch) :]))
+
+    axes = tuple(range(-len(rest) - len(q.contract), 0))
+    roles = {"contract": axes[: len(q.contract)], "out": axes[len(q.contract) :]}
+    return dataclasses.replace(jax.tree.map(one, q), dtype=view.dtype, **roles)
 
 
 def densify(view: View) -> jax.Array:
     """The dense value that the program holds in the view's place, in the view's dtype."""
-    q = view.payload
-    leads, n_out = payload_leads(view), len(q.out)
+    q, (leads, out) = view.payload, _held(view)
     w = dense(dataclasses.replace(q, dtype=view.dtype))
-    w = w.reshape(*w.shape[: len(leads)], *q.in_shape, *w.shape[w.ndim - n_out :])
-    held = [*leads, *_own(q.contract, view), *_own(q.out, view)]
+    held = [*leads, *contract_axes(view), *out]
     factors = [f for dim in view.axes for f in dim]
     own = sorted(range(len(factors)), key=lambda i: (held.index(factors[i].axis), -factors[i].stride))
     w = w.reshape([factors[i].size for i in own])  # axes of size 1 that were squeezed away vanish here

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.transforms.tracing.views import Factor, View
+from jaxquant.transforms.tracing.views import Factor, View, own_order
 
 
 @dataclasses.dataclass
@@ -20,6 +20,7 @@ class Product:
       x: the input.
       batch: pairs (axis of x, axis of the view) that the product runs over.
       contract: pairs that it sums over.
+      group: axis of the view that the groups of a ragged product run over; else None.
       weight_first: whether the weight is the left operand, which decides the order of the result's axes.
       groups: rows of x per expert, `[E]`, of a ragged product; else None.
       eqn, ins: the equation and the values of its inputs.
@@ -29,6 +30,7 @@ class Product:
     x: jax.Array
     batch: list[tuple[int, int]]
     contract: list[tuple[int, int]]
+    group: int | None
     weight_first: bool
     groups: jax.Array | None
     eqn: Any
@@ -40,14 +42,19 @@ class Product:
         return tuple(sorted({f.axis for _, d in self.contract for f in self.view.axes[d]}))
 
     @property
-    def batch_axes(self) -> tuple[int, ...]:
-        """The weight's own axes that are batched over, in the product's order."""
-        return tuple(f.axis for _, d in self.batch for f in self.view.axes[d])
+    def batch_factors(self) -> tuple[Factor, ...]:
+        """The factors of the weight that are batched over, in the product's order."""
+        return tuple(f for _, d in self.batch for f in self.view.axes[d])
+
+    @property
+    def stack_factors(self) -> tuple[Factor, ...]:
+        """The factors of the weight that stack matrices: those batched over, or the one that groups run over."""
+        return self.batch_factors if self.group is None else self.view.axes[self.group]
 
     @property
     def out_dims(self) -> list[int]:
         """The view's remaining axes, in its order."""
-        paired = {d for _, d in self.batch + self.contract}
+        paired = {d for _, d in self.batch + self.contract} | {self.group}
         return [d for d in range(len(self.view.axes)) if d not in paired]
 
     @property
@@ -61,15 +68,25 @@ class Product:
         paired = {d for d, _ in self.batch + self.contract}
         return [d for d in range(self.x.ndim) if d not in paired]
 
+    @property
+    def tokens(self) -> int:
+        """Rows of x that each matrix is multiplied with."""
+        return math.prod(self.x.shape[d] for d in self.free_dims)
+
+    @property
+    def channels(self) -> int:
+        """Entries of a row of x."""
+        return math.prod(self.x.shape[d] for d, _ in self.contract)
+
     def whole(self) -> bool:
-        """Whether each contracting axis of the weight is summed over whole, and each batch axis is one whole axis."""
+        """Whether each contracting axis of the weight is summed over whole."""
         factors = [f for _, d in self.contract for f in self.view.axes[d]]
         sizes = {a: math.prod(f.size for f in factors if f.axis == a) for a in self.contract_axes}
-        contracted = all(sizes[a] == self.view.sizes[a] and a not in self.view.cut for a in sizes)
-        return bool(sizes) and contracted and all(self.view.whole(d) is not None for _, d in self.batch)
+        cut = dict(self.view.cut)
+        return bool(sizes) and all(sizes[a] == self.view.sizes[a] and a not in cut for a in sizes)
 
     def rows(self, *, gathered: bool = False) -> jax.Array:
-        """x as `[*batch, tokens, K]`, with K in the weight's own axis order.
+        """x as `[*batch factors, tokens, K]`, with K in the weight's own axis order.
 
         `gathered` first collects the shards of contracting axes that `shard_map` has split over devices.
         """
@@ -87,16 +104,15 @@ class Product:
         x = jnp.transpose(x, order)
         n = len(self.batch) + len(self.free_dims)
         x = x.reshape(*x.shape[:n], *sizes)
-        own = sorted(range(len(factors)), key=lambda i: (factors[i].axis, -factors[i].stride))
-        x = jnp.transpose(x, [*range(n), *(n + i for i in own)])
-        batch = x.shape[: len(self.batch)]
+        x = jnp.transpose(x, [*range(n), *(n + i for i in own_order(factors))])
+        batch = [f.size for f in self.batch_factors]
         return x.reshape(*batch, math.prod(x.shape[len(self.batch) : n]), math.prod(sizes))
 
     def restore(self, result: jax.Array) -> jax.Array:
-        """`[*batch, tokens, *weight's out axes]` -> the shape that the program expects."""
-        nb, view = len(self.batch), self.view
+        """`[*batch factors, tokens, *weight's out axes]` -> the shape that the program expects."""
+        nb, view = len(self.batch_factors), self.view
         factors = [f for d in self.out_dims for f in view.axes[d]]
-        own = sorted(range(len(factors)), key=lambda i: (factors[i].axis, -factors[i].stride))
+        own = own_order(factors)
         free = [self.x.shape[d] for d in self.free_dims]
         result = result.reshape(*result.shape[:nb], *free, *(factors[i].size for i in own))
         w = [nb + len(free) + own.index(i) for i in range(len(factors))]
@@ -124,27 +140,21 @@ def _dot_general(eqn, ins):
     if weight_first:
         contract, batch = [p[::-1] for p in contract], [p[::-1] for p in batch]
     view, x = (ins[0], ins[1]) if weight_first else (ins[1], ins[0])
-    return Product(view, x, batch, contract, weight_first, None, eqn, ins)
+    return Product(view, x, batch, contract, None, weight_first, None, eqn, ins)
 
 
 def _ragged_dot(eqn, ins):
     x, view, groups = ins
     n = eqn.params["ragged_dot_dimension_numbers"]
     (lhs_contract, rhs_contract), (lhs_batch, _) = n.dot_dimension_numbers
-    plain = (
-        not lhs_batch and x.ndim == 2 and tuple(n.lhs_ragged_dimensions) == (0,) if not isinstance(x, View) else False
-    )
-    if not plain or len(n.rhs_group_dimensions) != 1 or isinstance(groups, View) or not isinstance(view, View):
+    if not isinstance(view, View) or isinstance(x, View) or isinstance(groups, View):
         return None
-    product = Product(view, x, [], list(zip(lhs_contract, rhs_contract, strict=True)), False, groups, eqn, ins)
-    group_dim = n.rhs_group_dimensions[0]
-    return product if view.whole(group_dim) is not None and len(view.axes) == 3 else None
-
-
-def ragged_axis(product: Product) -> int:
-    """The weight's own axis that a ragged product's groups run over."""
-    n = product.eqn.params["ragged_dot_dimension_numbers"]
-    return product.view.axes[n.rhs_group_dimensions[0]][0].axis
+    rows = not lhs_batch and x.ndim == 2 and tuple(n.lhs_ragged_dimensions) == (0,)
+    if not rows or len(view.axes) != 3 or len(n.rhs_group_dimensions) != 1:
+        return None
+    group = n.rhs_group_dimensions[0]
+    contract = list(zip(lhs_contract, rhs_contract, strict=True))
+    return None if view.factor(group) is None else Product(view, x, [], contract, group, False, groups, eqn, ins)
 
 
 @dataclasses.dataclass

@@ -5,30 +5,69 @@ A *site* is one input that weights are multiplied with; its moments are arrays a
 """
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
 
 from jaxquant.numerics.statistics import Moments
-from jaxquant.transforms.tracing.views import Lead
+from jaxquant.transforms.tracing.views import Factor, Lead
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
     """A product of a weight: its path, the roles of its own axes, and at which positions it was taken.
 
-    The axes of the use's moments are: one per "scan" lead, one per "traced" lead, one per batch axis, then channels.
+    Attributes:
+      contract, out: the weight's own axes that the product sums over, and that stand in its result.
+      batch: factors that it runs over.
+      leads: factors at which one position was taken before.
+      starts: (axis, first position) of axes that a slice has cut.
+
+    The axes of the use's moments are: one per "scan" lead, one per "traced" lead, one per batch factor, then channels.
     """
 
     path: str
     contract: tuple[int, ...]
-    batch: tuple[int, ...]
     out: tuple[int, ...]
+    batch: tuple[Factor, ...]
     leads: tuple[Lead, ...]
+    starts: tuple[tuple[int, int], ...] = ()
 
     @property
-    def stacked(self) -> list[int]:
-        """The weight's own axes that the leading axes of the moments are, in order."""
-        order = [lead.axis for lead in self.leads if lead.how == "scan"]
-        return order + [lead.axis for lead in self.leads if lead.how == "traced"] + list(self.batch)
+    def stacked(self) -> list[Factor]:
+        """The factors that the leading axes of the moments are, in order."""
+        order = [lead.factor for how in ("scan", "traced") for lead in self.leads if lead.how == how]
+        return [*order, *self.batch]
+
+    def positions(self, axes: list[int], sizes: tuple[int, ...]) -> np.ndarray:
+        """For each matrix that the moments stack, its position in the grid of some of the weight's axes.
+
+        Args:
+          axes: the weight's own axes that stack matrices; positions along others count as the same.
+          sizes: of all of the weight's axes.
+
+        Returns:
+          Positions `[product of the sizes of stacked]` in the flattened grid.
+        """
+        strides = {a: math.prod(sizes[b] for b in axes if b > a) for a in axes}
+        start = sum(strides.get(axis, 0) * first for axis, first in self.starts)
+        for lead in self.leads:
+            if lead.at is not None and lead.how == "static":
+                start += strides.get(lead.factor.axis, 0) * lead.factor.stride * lead.at
+        result = np.full((), start)
+        for f in self.stacked:
+            result = np.add.outer(result, strides.get(f.axis, 0) * f.stride * np.arange(f.size))
+        return result.reshape(-1)
+
+    def widened(self, shards: Mapping[int, int]) -> "Use":
+        """The use outside of `shard_map`, where each axis is that many times as wide; only whole axes are stacked."""
+
+        def wide(f: Factor) -> Factor:
+            return f._replace(size=f.size * shards.get(f.axis, 1))
+
+        leads = tuple(lead._replace(factor=wide(lead.factor)) for lead in self.leads)
+        return dataclasses.replace(self, batch=tuple(map(wide, self.batch)), leads=leads)
 
 
 @dataclasses.dataclass
@@ -39,20 +78,28 @@ class Recorder:
       moments: of each site.
       scans: tokens of the scans that stack each site's moments; a scan not among them sums them.
       uses: sites that each use reads.
+      known: what each site was made of, and its number.
     """
 
     moments: list[Moments] = dataclasses.field(default_factory=list)
-    scans: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    scans: list[tuple[int | None, ...]] = dataclasses.field(default_factory=list)
     uses: dict[Use, set[int]] = dataclasses.field(default_factory=dict)
     known: dict = dataclasses.field(default_factory=dict)
 
-    def record(self, use: Use, x, signature: tuple, make) -> None:
-        """Notes a use whose input is `x` seen as `signature`; `make()` computes its moments if no use did before."""
-        key = (id(x), signature)
+    def record(self, use: Use, arrays: tuple, signature: tuple, make: Callable[[], Moments]) -> None:
+        """Notes a use whose moments `make()` computes, unless a use before it read the same.
+
+        Args:
+          use: the use.
+          arrays: the input, and every other array that the moments depend on.
+          signature: all else that they depend on.
+          make: called if no use in this scope had the same arrays and signature.
+        """
+        key = (*map(id, arrays), signature)
         if key not in self.known:
             self.moments.append(make())
-            self.scans.append(tuple(lead.at for lead in use.leads if lead.how == "scan"))
-            self.known[key] = (len(self.moments) - 1, x)  # x is kept, so that its id stays its own
+            self.scans.append(tuple(lead.loop for lead in use.leads if lead.how == "scan"))
+            self.known[key] = (len(self.moments) - 1, arrays)  # the arrays are kept, so that their ids stay theirs
         self.uses.setdefault(use, set()).add(self.known[key][0])
 
     def absorb(self, inner: "Recorder", moments: Iterable[Moments]) -> None:

@@ -14,15 +14,19 @@ from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
 from jaxquant.numerics.statistics import Moments
 from jaxquant.transforms.tracing import compat
 from jaxquant.transforms.tracing.payloads import payload_axis
+from jaxquant.transforms.tracing.recorder import Recorder, Use
 from jaxquant.transforms.tracing.views import Factor, View
 
 
 def call_shard_map(it, eqn, ins: list) -> list:
     """Runs the body on local views, and merges the moments of all devices."""
     mesh, names = eqn.params["mesh"], tuple(eqn.params["newly_manual_axes"])
-    split = [_split(v, spec, mesh) for v, spec in zip(ins, eqn.params["in_specs"], strict=True)]
-    if any(isinstance(s, str) for s in split):
-        return it.other(eqn, ins, next(s for s in split if isinstance(s, str)))
+    ins, split = list(ins), []
+    for i, spec in enumerate(eqn.params["in_specs"]):
+        parts = _split(ins[i], spec, mesh)
+        if isinstance(parts, str):
+            ins[i], parts = it.handler.dense(eqn, [ins[i]], parts)[0], (spec, None)
+        split.append(parts)
     specs, local = zip(*split, strict=True)
     sharded = {v.path: dict(v.sharded) for v in local if v is not None}
     function = it.scope(compat.inner_jaxpr(eqn))
@@ -31,8 +35,11 @@ def call_shard_map(it, eqn, ins: list) -> list:
         # the leaves of an argument are local already; what is static about it becomes local here
         args = [a if v is None else _with_payload(v, a) for a, v in zip(args, local, strict=True)]
         outs, moments = function(args)
-        reader = {site: use for use, sites in function.recorder.uses.items() for site in sites}
-        return outs, [_merged(m, reader[i], sharded, names) for i, m in enumerate(moments)]
+        if any(isinstance(o, View) for o in outs):
+            outs = it.handler.dense(eqn, outs, "the weight leaves its body as a result")
+        readers = _readers(function.recorder)
+        tracked = eqn.params["check_vma"]
+        return outs, [_merged(m, readers[i], sharded, names, tracked) for i, m in enumerate(moments)]
 
     outs, moments = jax.shard_map(
         body,
@@ -42,7 +49,10 @@ def call_shard_map(it, eqn, ins: list) -> list:
         check_vma=eqn.params["check_vma"],
         axis_names=set(names),
     )(*ins)
-    it.recorder.absorb(function.recorder, moments)
+    shards = {path: {a: mesh.shape[name] for a, name in axes.items()} for path, axes in sharded.items()}
+    recorder = function.recorder
+    recorder.uses = {use.widened(shards.get(use.path, {})): sites for use, sites in recorder.uses.items()}
+    it.recorder.absorb(recorder, moments)
     return list(outs)
 
 
@@ -103,17 +113,36 @@ def _whole_per_shard(q, shards) -> bool:
     return shards == 1 or (packed and size % shards == 0 and (groups == 1 or groups % shards == 0))
 
 
-def _merged(m: Moments, use, sharded, names) -> Moments:
-    """One site's moments, the same on every device: experts' shards are put together, tokens' are merged."""
-    rest = list(names)
-    for i, axis in enumerate(use.stacked):
-        name = sharded.get(use.path, {}).get(axis)
-        if name is not None:
-            m = jax.tree.map(lambda a, i=i, name=name: _gathered(a, name, i), m)
-            rest.remove(name)
-    for name in rest:
-        m = _merged_over(m, name)
+def _readers(recorder: Recorder) -> dict[int, list[Use]]:
+    """The uses of each site."""
+    readers: dict[int, list[Use]] = {}
+    for use, sites in recorder.uses.items():
+        for site in sites:
+            readers.setdefault(site, []).append(use)
+    return readers
+
+
+def _merged(m: Moments, uses: list[Use], sharded, names, tracked: bool) -> Moments:
+    """One site's moments, the same on every device: experts' shards are put together, tokens' are merged.
+
+    Over a mesh axis that splits inputs or outputs of a weight, every device has seen the same tokens. Over another one,
+    it depends on the tokens, which is known if JAX keeps track of what varies.
+    """
+    of_weights = {name for use in uses for name in sharded.get(use.path, {}).values()}
+    place = {sharded.get(use.path, {}).get(f.axis): i for use in uses for i, f in enumerate(use.stacked)}
+    for name in names:
+        if name in place:
+            m = jax.tree.map(lambda a, i=place[name], name=name: _gathered(a, name, i), m)
+        elif name in of_weights:
+            m = _first(m, name)
+        elif not tracked or name in compat.varying(m.gram):
+            m = _merged_over(m, name)
     return m
+
+
+def _first(m: Moments, name: str) -> Moments:
+    """The moments of the first device, on all of them."""
+    return jax.tree.map(lambda a: lax.psum(jnp.where(lax.axis_index(name) == 0, a, jnp.zeros_like(a)), name), m)
 
 
 def _merged_over(m: Moments, name: str) -> Moments:

@@ -1,0 +1,175 @@
+"""The handler that records the inputs of products, while the model itself runs unchanged."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxquant.numerics import statistics
+from jaxquant.numerics.statistics import Moments
+from jaxquant.transforms.tracing import compat, interpreter
+from jaxquant.transforms.tracing.products import Lookup, Product
+from jaxquant.transforms.tracing.recorder import Use
+from jaxquant.transforms.tracing.views import Factor, View
+
+MAX_CHANNELS = 2**16  # of one product's input; the Gram matrix of more would take over 17 GB
+
+
+class Observer:
+    """Records moments of the inputs of products.
+
+    Attributes:
+      position: uint32, of the batch's first token in the calibration stream.
+      real: bool, True for tokens and False for padding; None if there is no padding.
+      notes: (path, what happened) of uses that could not be followed.
+      lookups: paths of weights whose rows are looked up.
+    """
+
+    def __init__(self, position: jax.Array, real: jax.Array | None):
+        self.position, self.real = position, real
+        self.notes: list[tuple[str, str]] = []
+        self.lookups: set[str] = set()
+
+    def rename(self, it, steps, eqn, ins):
+        """The operation itself gives the new payloads."""
+        outs = it.bind(eqn, _dense(ins))
+        return [dataclasses.replace(view, payload=out) for (view, _), out in zip(steps, outs, strict=True)]
+
+    def lookup(self, it, lookup: Lookup, eqn, ins):
+        """Rows of an embedding are noted, and keep no statistics."""
+        self.lookups.add(lookup.view.path)
+        return it.bind(eqn, _dense(ins))
+
+    def dense(self, eqn, values, why):
+        """Harmless, because the weights are dense; noted."""
+        self.notes += [(path, f"`{eqn.primitive.name}`: {why}") for path in interpreter.paths_of(values)]
+        return _dense(values)
+
+    def product(self, it, product: Product):
+        """Records the input of a product."""
+        view = product.view
+        why = _untracked(product)
+        if why is not None:
+            return it.other(product.eqn, product.ins, why)
+        stack = (*_local_positions(product), *product.stack_factors)
+        starts = tuple((axis, at) for axis, at in view.cut if at is not None)
+        use = Use(view.path, product.contract_axes, product.out_axes, stack, view.leads, starts)
+        arrays = (product.x, product.groups, *view.index)
+        it.recorder.record(use, arrays, _signature(product), lambda: self._moments(it, product))
+        return it.bind(product.eqn, _dense(product.ins))
+
+    def _moments(self, it, product: Product) -> Moments:
+        moments = _replicated(_observe, product)(product.x, product.groups, *self._tokens(it, product))
+        for _ in _local_positions(product):
+            moments = jax.tree.map(lambda a: a[None], moments)
+        view = product.view
+        for lead in reversed([lead for lead in view.leads if lead.how == "traced"]):
+            moments = _scattered(moments, lead.factor.size, view.index[lead.at])
+        return moments
+
+    def _tokens(self, it, product: Product) -> tuple[jax.Array, jax.Array | None]:
+        """Each row's position in the stream, and whether it is a token.
+
+        Iterations of a loop that does not run over layers count on, and so do the devices that tokens are split over.
+        """
+        own = {lead.loop for lead in product.view.leads}
+        n, start = product.tokens, self.position
+        for token, iteration in it.loops:
+            if token not in own:
+                start = start + iteration.astype(jnp.uint32) * jnp.uint32(n)
+        shard, shards = _shard(product)
+        start = start + shard * jnp.uint32(n)
+        return start + jnp.arange(n, dtype=jnp.uint32), self._real(product, shard, shards)
+
+    def _real(self, product: Product, shard: jax.Array, shards: int) -> jax.Array | None:
+        if self.real is None:
+            return None
+        free = tuple(product.x.shape[d] for d in product.free_dims)
+        rows = (free[0] * shards, *free[1:]) if free else ()
+        if product.groups is None and rows in (self.real.shape, (self.real.size,)):
+            return lax.dynamic_slice_in_dim(self.real.reshape(-1), shard * jnp.uint32(product.tokens), product.tokens)
+        note = f"the mask {list(self.real.shape)} does not fit its input rows {list(rows)}, which all count as tokens"
+        self.notes.append((product.view.path, note))
+        return None
+
+
+def _observe(product: Product, x, groups, position, real) -> Moments:
+    rows = dataclasses.replace(product, x=x).rows(gathered=True)
+    if groups is not None:
+        return statistics.observe_groups(rows, position, groups)
+    observe = statistics.observe
+    for _ in product.batch_factors:
+        observe = jax.vmap(observe, in_axes=(0, None, None))
+    return observe(rows, position, real)
+
+
+def _replicated(observe, product: Product):
+    """`observe`, which under a mesh with explicit axes lets the compiler choose how to sum over sharded tokens."""
+    mesh = jax.typeof(product.x).sharding.mesh
+    observe = functools.partial(observe, product)
+    if not any(t == AxisType.Explicit for t in mesh.axis_types):
+        return observe
+    return jax.sharding.auto_axes(observe, out_sharding=PartitionSpec(), axes=mesh.axis_names)
+
+
+def _shard(product: Product) -> tuple[jax.Array, int]:
+    """The number of this device's share of the tokens, and how many shares there are."""
+    weights = {name for _, name in product.view.sharded}
+    shard, shards = jnp.uint32(0), 1
+    for name in compat.mesh_axes(product.x):
+        if name not in weights:
+            size = lax.axis_size(name)
+            shard, shards = shard * size + lax.axis_index(name).astype(jnp.uint32), shards * size
+    return shard, shards
+
+
+def _local_positions(product: Product) -> list[Factor]:
+    """Axes that are split over devices until each has one position, which the program has then squeezed away."""
+    view = product.view
+    leads = {lead.factor.axis for lead in view.leads} | {f.axis for f in product.stack_factors}
+    named = leads | set(product.contract_axes) | set(product.out_axes)
+    return [Factor(axis, 1, 1) for axis, _ in view.sharded if axis not in named]
+
+
+def _untracked(product: Product) -> str | None:
+    """Why no statistics can be kept of a product; None if they can."""
+    view, cut, sharded = product.view, dict(product.view.cut), dict(product.view.sharded)
+    stacking = [*product.stack_factors, *(lead.factor for lead in view.leads)]
+    if any(f.axis in cut and cut[f.axis] is None for f in stacking):
+        return "it takes a part of the weight's layers that starts at a traced position"
+    if any(f.axis in sharded and f.size < view.sizes[f.axis] for f in stacking) or any(
+        lead.factor.axis in sharded and lead.how != "scan" for lead in view.leads
+    ):
+        return "it takes a part of an axis that is split over devices"
+    for _, dim in product.contract:
+        for i, f in enumerate(view.axes[dim]):
+            if f.axis in sharded and (i > 0 or f.size < view.sizes[f.axis]):
+                return "an axis that is split over devices is mixed with others"
+    channels = product.channels
+    return f"a Gram matrix of {channels} channels would be too large" if channels > MAX_CHANNELS else None
+
+
+def _signature(product: Product) -> tuple:
+    """Two products of the same arrays whose signatures agree have the same moments."""
+    view = product.view
+    ranks = {axis: i for i, axis in enumerate(product.contract_axes)}
+    order = tuple((xd, tuple((ranks[f.axis], f.stride, f.size) for f in view.axes[wd])) for xd, wd in product.contract)
+    batch = tuple((xd, tuple(f.size for f in view.axes[wd])) for xd, wd in product.batch)
+    leads = tuple((lead.how, lead.loop, lead.factor.size) for lead in view.leads if lead.how != "static")
+    shards = tuple((ranks[axis], name) for axis, name in view.sharded if axis in ranks)
+    return order, batch, leads, shards
+
+
+def _dense(ins: list) -> list:
+    return [v.payload if isinstance(v, View) else v for v in ins]
+
+
+def _scattered(moments: Moments, n: int, at) -> Moments:
+    """Moments of one position of an axis of n, with nothing at the others."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), moments)
+    return jax.tree.map(
+        lambda zeros, a: zeros.at[jnp.clip(at, 0, n - 1)].set(a), statistics.empty_like(shapes), moments
+    )
