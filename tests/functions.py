@@ -6,6 +6,7 @@ reference shows.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -350,7 +351,7 @@ def while_loop_over_layers(params, x):
     return lax.while_loop(lambda s: s[0] < L, body, (0, x))[1]
 
 
-@case(stack_of, stack_reference, **STACKED)
+@case(stack_of, stack_reference, shared=(("gate", "up"),), lookups=STACK_NOTED)
 def take_layers(params, x):
     return lax.fori_loop(0, L, lambda i, x: block(jax.tree.map(lambda a: jnp.take(a, i, axis=0), params), x), x)
 
@@ -509,7 +510,7 @@ def weights_in_custom_derivatives(params, x):
     return jvp_dot(vjp_dot(x, params["a"]), params["b"])
 
 
-# -------------------------------------------------------------------------------------------- weights renamed on the way
+# ------------------------------------------------------------------------------------------- weights renamed on the way
 
 
 def bf16_reference(params, x, see):
@@ -647,7 +648,7 @@ def one_column(params, x):
     return x @ params["w"][:, :1]
 
 
-# ------------------------------------------------------------------------------------------------ embeddings and experts
+# ----------------------------------------------------------------------------------------------- embeddings and experts
 
 
 def tied_reference(params, ids, see):
@@ -760,7 +761,7 @@ def experts_ragged(params, x):
     return lax.ragged_dot(act(lax.ragged_dot(x, params["up"], groups)), params["down"], groups)
 
 
-# ---------------------------------------------------------------------------------------------------------------- shapes
+# --------------------------------------------------------------------------------------------------------------- shapes
 
 
 def thin_reference(params, x, see):
@@ -785,7 +786,7 @@ def thin_reference(params, x, see):
         "last": normal(D, 1, seed=2),
     },
     thin_reference,
-    axes={"wide": ((0,), (2,)), "heads": ((0,), (2,))},
+    axes={"wide": ((0,), (1, 2)), "heads": ((0,), (1, 2))},
     group=1,
 )
 def axes_of_size_one(params, x):
@@ -851,7 +852,7 @@ def bare_array(w, x):
     return x @ w
 
 
-# ------------------------------------------------------------------------------------------------------------------ Flax
+# ----------------------------------------------------------------------------------------------------------------- Flax
 
 
 class LinenModel(nn.Module):
@@ -868,10 +869,15 @@ class LinenModel(nn.Module):
         return embed.attend(nn.Dense(D, name="down")(x[..., 0, :] * x[..., 1, :]))
 
 
-def random_biases(params):
-    """Flax starts biases at zero and scales at one, which would hide mistakes."""
-    leaves, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(structure, [a + normal(*a.shape, seed=i) for i, a in enumerate(leaves)])
+def random_like(shapes):
+    """Parameters of these shapes; Flax starts biases at zero and scales at one, which would hide mistakes."""
+    leaves, structure = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(structure, [normal(*a.shape, seed=i) for i, a in enumerate(leaves)])
+
+
+@functools.cache
+def linen_shapes(module, shape, dtype):
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape, dtype))
 
 
 def layer_norm(x, w):
@@ -907,7 +913,7 @@ def flax_axes(root):
 
 
 @case(
-    lambda: random_biases(LinenModel().init(jax.random.key(0), tokens()[0])),
+    lambda: random_like(linen_shapes(LinenModel(), (B, T), jnp.int32)),
     flax_reference,
     batches=tokens,
     axes=flax_axes("params/"),
@@ -950,7 +956,7 @@ def linen_scan_reference(params, x, see):
 
 
 @case(
-    lambda: random_biases(LinenScan().init(jax.random.key(0), floats()[0])),
+    lambda: random_like(linen_shapes(LinenScan(), (B, T, D), jnp.float32)),
     linen_scan_reference,
     noted=frozenset({"params/layers/norm/scale", "params/layers/up/bias", "params/layers/down/bias"}),
 )
@@ -977,18 +983,19 @@ class NNXModel(nnx.Module):
         return self.embed.attend(self.down(x[..., 0, :] * x[..., 1, :]))
 
 
-@nnx.jit
-def _nnx_forward(model, ids):
-    return model(ids)
-
-
-def nnx_split():
-    graph, state = nnx.split(NNXModel(nnx.Rngs(0)))
+@functools.cache
+def nnx_split(make):
+    """The static part of a model, and the shapes of its parameters."""
+    graph, state = nnx.split(nnx.eval_shape(make))
     return graph, nnx.to_pure_dict(state)
 
 
+def nnx_model():
+    return NNXModel(nnx.Rngs(0))
+
+
 @case(
-    lambda: random_biases(nnx_split()[1]),
+    lambda: random_like(nnx_split(nnx_model)[1]),
     partial(flax_reference, root=""),
     batches=tokens,
     axes=flax_axes(""),
@@ -997,8 +1004,8 @@ def nnx_split():
     noted=frozenset({"q/bias", "k/bias", "gates/bias"}),
     name="nnx",
 )
-def nnx_model(params, ids):
-    return nnx.merge(nnx_split()[0], params)(ids)
+def _(params, ids):
+    return nnx.merge(nnx_split(nnx_model)[0], params)(ids)
 
 
 class NNXBlock(nnx.Module):
@@ -1013,9 +1020,7 @@ class NNXBlock(nnx.Module):
 
 
 def nnx_stack():
-    make = nnx.vmap(lambda rngs: NNXBlock(rngs), in_axes=0, out_axes=0)
-    graph, state = nnx.split(make(nnx.Rngs(0).split(L)))
-    return graph, nnx.to_pure_dict(state)
+    return nnx.vmap(lambda rngs: NNXBlock(rngs), in_axes=0, out_axes=0)(nnx.Rngs(0).split(L))
 
 
 def nnx_scan_reference(params, x, see):
@@ -1029,12 +1034,12 @@ def nnx_scan_reference(params, x, see):
 
 
 @case(
-    lambda: random_biases(nnx_stack()[1]),
+    lambda: random_like(nnx_split(nnx_stack)[1]),
     nnx_scan_reference,
     noted=frozenset({"up/bias", "down/bias"}),
     name="nnx_scan_remat",
 )
-def nnx_scan(params, x):
-    model = nnx.merge(nnx_stack()[0], params)
+def _(params, x):
+    model = nnx.merge(nnx_split(nnx_stack)[0], params)
     step = nnx.scan(nnx.remat(lambda x, block: block(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
     return step(x, model)

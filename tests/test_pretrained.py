@@ -180,8 +180,6 @@ def test_the_packaged_model(tmp_path):
     ("spec", "message"),
     [
         (jq.int8(symmetric=False), "asymmetric codes are not supported here yet"),
-        (jq.int8(narrow_range=True), "narrow_range has no place in the format"),
-        (jq.int8(granularity="per_tensor"), "granularity per_tensor is not supported"),
         (jq.int8(scale_dtype="bfloat16"), "stands for float32 and has bfloat16 scales"),
     ],
 )

@@ -1,0 +1,1 @@
+"""One matrix and the statistics of its input in, a QTensor out: one module per method, all of one shape."""

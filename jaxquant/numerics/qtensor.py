@@ -120,6 +120,8 @@ class QTensor:
           ValueError: one does not hold; the message names it.
         """
         layout.check_layout(self.ndim, self.contract, self.out)
+        if len(self.in_shape) != len(self.contract) or min(self.in_shape) < 0:
+            raise ValueError(f"in_shape={self.in_shape} is no size for each of contract={self.contract}")
         size, bits = math.prod(self.in_shape), self.spec.bits
         packed = bits <= PACKED_BITS
         rows = packed_size(size, bits) if packed else size

@@ -82,13 +82,13 @@ def calibrate(
         if program is not None and programs[key].uses != program.uses:
             raise ValueError("the model function uses its weights differently for batches of different shapes")
         program = programs[key]
+        jax.block_until_ready(total)  # or statistics of several batches would wait in memory
         new = program.run(params, batch, jnp.uint32(position % 2**32), real)
         total = new if total is None else _merge(total, new)
         position += _tokens(batch, real)
     if program is None or total is None:
         raise ValueError("calibration needs at least one batch, but `batches` is empty")
-    observers = [p.observer for p in programs.values()]
-    return _finish(program, total, observers)
+    return _finish(list(programs.values()), total)
 
 
 def _kind(batch) -> tuple:
@@ -117,10 +117,10 @@ class _Program:
         taken = matrices if recipe is None else set(resolve(recipe, self.sizes, matrices))
 
         def moments(values, arrays, position, real):
-            self.observer = Observer(position, real)
+            observer = Observer(position, real)
             named = [(path, value) for (path, _), value in zip(leaves, values, strict=True)]
-            _, recorder = interpreter.start(self.observer, closed, named, arrays, lambda path, _: path in taken)
-            self.uses = recorder.uses
+            _, recorder = interpreter.start(observer, closed, named, arrays, lambda path, _: path in taken)
+            self.uses, self.notes, self.lookups = recorder.uses, observer.notes, observer.lookups
             return recorder.moments
 
         run, _ = compat.stage(moments, [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real)
@@ -141,9 +141,9 @@ def _merge_all(total: list[Moments], new: list[Moments]) -> list[Moments]:
 _merge = jax.jit(_merge_all, donate_argnums=0)
 
 
-def _finish(program: _Program, total: list[Moments], observers: list[Observer]) -> Statistics:
+def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
+    program, notes = programs[0], [note for p in programs for note in p.notes]
     products: dict[str, ProductStatistics] = {}
-    notes = [note for observer in observers for note in observer.notes]
     shared: dict = {}
     for path in dict.fromkeys(use.path for use in program.uses):
         uses = {use: sites for use, sites in program.uses.items() if use.path == path}
@@ -153,5 +153,5 @@ def _finish(program: _Program, total: list[Moments], observers: list[Observer]) 
             continue
         inputs = assemble(uses, total, *axes, program.sizes[path], shared)
         products[path] = ProductStatistics(*axes, inputs)
-    lookups = frozenset().union(*(observer.lookups for observer in observers))
+    lookups = frozenset[str]().union(*(p.lookups for p in programs))
     return Statistics(products, lookups, tuple(dict.fromkeys(notes)))

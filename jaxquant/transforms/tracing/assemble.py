@@ -1,5 +1,6 @@
 """Puts the moments of a weight's uses together, with their leading axes in the weight's own order."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -17,7 +18,8 @@ Uses = Mapping[Use, set[int]]
 def roles(uses: Uses, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The contracting and the output axes of a weight; None if its uses contradict each other.
 
-    An axis of size 1 has the role that any use gives it. An axis of which a program takes one part for one product and
+    An axis of size 1 has the role that any use gives it; one that all have squeezed away is an output axis if it comes
+    after an axis that is summed over. An axis of which a program takes one part for one product and
     another part for the next is an output axis if those products share an input, as the parts of a fused projection
     do; otherwise it stacks layers.
     """
@@ -30,7 +32,9 @@ def roles(uses: Uses, sizes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[in
     if out & stacked & wide:
         return None
     out -= stacked
-    out |= {a for a in range(len(sizes)) if a not in contract | stacked and _shares_input(uses, a)}
+    rest = set(range(len(sizes))) - contract - stacked
+    taken = {lead.factor.axis for use in uses for lead in use.leads}
+    out |= {a for a in rest if (_shares_input(uses, a) if a in taken else a > min(contract))}
     return tuple(sorted(contract)), tuple(sorted(out))
 
 
@@ -69,30 +73,29 @@ def assemble(
     grid = tuple(sizes[a] for a in axes)
     key = tuple(sorted(reads)), grid
     if key not in shared:
-        moments = _placed([(at, total[site]) for at, site in sorted(reads)], math.prod(grid))
-        whole = jax.tree.map(lambda a: a.reshape(*grid, *a.shape[1:]), moments)
-        shared[key] = statistics.finish(whole)
+        positions = tuple(at for at, _ in key[0])
+        shared[key] = _finished(positions, grid, [total[site] for _, site in key[0]])
     return shared[key]
 
 
-def _placed(reads: list[tuple[tuple[int, ...], Moments]], count: int) -> Moments:
-    """Moments `[count, ...]`, merged from stacks of moments whose entries belong at the given positions."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    for row, position in enumerate(position for at, _ in reads for position in at):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _finished(positions: tuple[tuple[int, ...], ...], grid: tuple[int, ...], moments: list[Moments]) -> InputStatistics:
+    """Statistics `[*grid, ...]`, merged from stacks of moments whose entries belong at the given positions."""
+    rows: list[list[int]] = [[] for _ in range(math.prod(grid))]
+    for row, position in enumerate(position for at in positions for position in at):
         rows[position].append(row)
-    stacks = [_flattened(m, len(at)) for at, m in reads]
-    blank = sum(len(at) for at, _ in reads)
+    stacks = [_flattened(m, len(at)) for m, at in zip(moments, positions, strict=True)]
+    blank = sum(map(len, positions))
     if len(set(map(len, rows))) > 1:
         stacks.append(statistics.empty_like(jax.tree.map(lambda a: a[:1], stacks[0])))
-    stack = jax.tree.map(lambda *a: jnp.concatenate(a), *stacks) if len(stacks) > 1 else stacks[0]
+    stack = jax.tree.map(lambda *a: jnp.concatenate(a), *stacks)
     result = None
     for i in range(max(map(len, rows))):
         order = np.asarray([r[i] if i < len(r) else blank for r in rows])
-        whole = np.array_equal(order, np.arange(blank))
-        part = stack if whole else jax.tree.map(lambda a, order=order: a[order], stack)
+        in_order = np.array_equal(order, np.arange(blank))  # as of layers that a scan or a list has gone through
+        part = stack if in_order else jax.tree.map(lambda a, order=order: a[order], stack)
         result = part if result is None else statistics.merge(result, part)
-    assert result is not None
-    return result
+    return statistics.finish(jax.tree.map(lambda a: a.reshape(*grid, *a.shape[1:]), result))
 
 
 def _flattened(m: Moments, count: int) -> Moments:

@@ -15,11 +15,9 @@ from jaxquant.transforms.tracing.loops import CALLS
 from jaxquant.transforms.tracing.recorder import Recorder
 from jaxquant.transforms.tracing.views import RENAMINGS, Step, View, make_view, within
 
-
-# Operations that models repeat on one input for each weight, and that take no time to compare.
-REPEATED = frozenset(
-    ("convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "lt", "add", "select_n")
-)
+# Operations that models repeat on one input for each weight: casts of an input, and arithmetic on a layer's index.
+RESHAPING = frozenset(("convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"))
+INDEXING = frozenset(("lt", "add", "select_n", "jit", "pjit"))
 
 
 class Handler(Protocol):
@@ -47,7 +45,7 @@ class Interpreter:
       recorder: statistics of this scope.
       loops: (token, iteration) of every loop around this scope, outermost first.
       tokens: source of loop tokens, shared by all scopes.
-      repeated: results of the operations in REPEATED, by what they were made of.
+      repeated: results of operations that models repeat, by what they were made of.
     """
 
     handler: Handler
@@ -77,17 +75,15 @@ class Interpreter:
 
         So an input that is cast anew for each weight is one input, and a layer taken at one position is one position.
         """
-        name = eqn.primitive.name
-        scalars = [v.val if isinstance(v, jexc.Literal) else None for v in eqn.invars]
-        if name not in REPEATED or (name in ("lt", "add", "select_n") and eqn.outvars[0].aval.shape):
+        name, scalar = eqn.primitive.name, all(v.aval.shape == () for v in eqn.outvars)
+        if eqn.effects or (name not in RESHAPING and not (scalar and name in INDEXING)):
             return self.bind(eqn, ins)
-        key = (
-            name,
-            str(eqn.params),
-            *(id(i) if s is None else (s, s.dtype) for i, s in zip(ins, scalars, strict=True)),
-        )
+        same = [(str(v.aval), np.asarray(v.val).tobytes()) if isinstance(v, jexc.Literal) else id(i)
+                for v, i in zip(eqn.invars, ins, strict=True)]  # fmt: skip
+        what = id(eqn.params["jaxpr"]) if name in ("jit", "pjit") else str(eqn.params)
+        key = (name, what, *same)
         if key not in self.repeated:
-            self.repeated[key] = (self.bind(eqn, ins), ins)  # the inputs are kept, so that their ids stay theirs
+            self.repeated[key] = (self.bind(eqn, ins), eqn, ins)  # these are kept, so that their ids stay theirs
         return self.repeated[key][0]
 
     def bind(self, eqn, ins: list) -> list:
@@ -119,7 +115,11 @@ class Interpreter:
 
     def other(self, eqn, ins: list, why: str) -> list:
         """Runs an equation that cannot be followed on dense values."""
-        return self.bind(eqn, self.handler.dense(eqn, ins, why))
+        return self.bind(eqn, self.dense(eqn, ins, why))
+
+    def dense(self, eqn, values: list, why: str) -> list:
+        """The values, with arrays in place of the views among them; `why` says why the equation needs arrays."""
+        return self.handler.dense(eqn, values, why) if any(isinstance(v, View) for v in values) else values
 
     def inline(self, closed: jexc.ClosedJaxpr, args: list) -> list:
         """Runs an inner jaxpr as if its equations stood here: products in it share statistics with those around it."""
@@ -146,7 +146,7 @@ class Scope:
         loops = outer.loops if self.loop is None else (*outer.loops, (self.loop, iteration))
         inner = Interpreter(outer.handler, Recorder(), loops, outer.tokens)
         outs = inner.run(self.closed, list(args))
-        self.recorder = inner.recorder
+        self.recorder = dataclasses.replace(inner.recorder, moments=[], known={})  # no tracer outlives its trace
         return outs, inner.recorder.moments
 
 

@@ -1,7 +1,7 @@
 """Rules for call-like primitives: how weights enter an inner jaxpr and its statistics come back out.
 
-What an inner jaxpr returns may be a view only where the call is inlined; elsewhere JAX's control flow would have to
-carry it, and it is made dense.
+A weight that an inner jaxpr returns unchanged is the same weight outside of it (`forwarding`). Elsewhere JAX's control
+flow would have to carry a view out of a body, and it is made dense.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from jax import lax
 from jaxquant.numerics import statistics
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.transforms.tracing import compat, payloads
+from jaxquant.transforms.tracing.forwarding import forwarded_by
 from jaxquant.transforms.tracing.shards import call_shard_map
 from jaxquant.transforms.tracing.views import Lead, Take, View
 
@@ -38,6 +39,22 @@ def call_remat(it, eqn, ins: list) -> list:
     return _merge(it, function, jax.checkpoint(function, **kept)(ins))
 
 
+def _through(eqn, ins: list) -> list:
+    """For each result of an equation, the view among its inputs that it is; None if it is none."""
+    sources = forwarded_by(eqn)
+    return [ins[i] if i is not None and isinstance(ins[i], View) else None for i in sources]
+
+
+def _without(values: list, views: list) -> list:
+    """The values, without those that are views anyway."""
+    return [None if view is not None else v for v, view in zip(values, views, strict=True)]
+
+
+def _with(values: list, views: list) -> list:
+    """The values, with the views in their places."""
+    return [v if view is None else view for v, view in zip(values, views, strict=True)]
+
+
 def _empty(avals: list) -> list:
     return [jax.tree.map(compat.varying_as, statistics.empty_like(m), m) for m in avals]
 
@@ -46,22 +63,17 @@ def _merged(a: list, b: list) -> list:
     return [statistics.merge(x, y) for x, y in zip(a, b, strict=True)]
 
 
-def _dense(it, eqn, values: list, why: str, start: int = 0) -> list:
-    """The values, with those from `start` on made dense if one of them is a view."""
-    if not any(isinstance(v, View) for v in values[start:]):
-        return values
-    return values[:start] + it.handler.dense(eqn, values[start:], why)
-
-
 def call_scan(it, eqn, ins: list) -> list:
     """A scan: a view among the sliced inputs becomes, in the body, a view of one layer, and its statistics stack."""
     if eqn.params["length"] == 0:
         return it.other(eqn, ins, "it has no iterations")
     consts, carried = compat.scan_groups(eqn)
-    const, carry, xs = ins[:consts], ins[consts : consts + carried], ins[consts + carried :]
-    carry = _dense(it, eqn, carry, "the weight is carried from iteration to iteration; pass it in as a constant")
-    uncut = "it slices an axis of the weight that is not a whole one, or that groups and packed codes run over"
-    xs = [x if _sliceable(x) else it.handler.dense(eqn, [x], uncut)[0] for x in xs]
+    through = _through(eqn, ins)
+    const, xs = ins[:consts], ins[consts + carried :]
+    carry = _without(ins[consts : consts + carried], through[:carried])
+    carry = it.dense(eqn, carry, "the weight is carried from iteration to iteration; pass it in as a constant")
+    uncut = "it slices an axis of the weight that is not a single one, or that groups and packed codes run over"
+    xs = [x if _sliceable(x) else it.dense(eqn, [x], uncut)[0] for x in xs]
     token = next(it.tokens)
     function = it.scope(compat.inner_jaxpr(eqn), token)
     arrays = [None if _indexed(x) else dataclasses.replace(x, index=()) if isinstance(x, View) else x for x in xs]
@@ -69,8 +81,8 @@ def call_scan(it, eqn, ins: list) -> list:
     def body(state, step):
         i, sliced = step
         layer = [_one_layer(x, a, i, token) for x, a in zip(xs, sliced, strict=True)]
-        outs, moments = function([*const, *state, *layer], i)
-        outs = _dense(it, eqn, outs, ESCAPES)
+        outs, moments = function([*const, *_with(state, through[:carried]), *layer], i)
+        outs = it.dense(eqn, _without(outs, through), ESCAPES)
         stacks = [token in scans for scans in function.recorder.scans]
         summed = [m for m, s in zip(moments, stacks, strict=True) if not s]
         return outs[:carried], outs[carried:], summed, [m for m, s in zip(moments, stacks, strict=True) if s]
@@ -87,7 +99,7 @@ def call_scan(it, eqn, ins: list) -> list:
     (outs, summed), (ys, stacked) = lax.scan(step, (carry, _empty(shapes)), steps, **options)
     pick = {False: iter(summed), True: iter(stacked)}
     moments = [next(pick[token in scans]) for scans in function.recorder.scans]
-    return _merge(it, function, ([*outs, *ys], moments))
+    return _merge(it, function, (_with([*outs, *ys], through), moments))
 
 
 def _sliceable(x) -> bool:
@@ -113,41 +125,42 @@ def _one_layer(x, sliced, i, token: int):
 def call_while(it, eqn, ins: list) -> list:
     """A while loop: statistics are summed in the carry."""
     a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    why = "the weight is in the loop's condition or carried; pass it to the body as a constant"
-    cond_const, init = _dense(it, eqn, ins[:a], why), _dense(it, eqn, ins[a + b :], why)
-    body_const, token = ins[a : a + b], next(it.tokens)
+    through, token = _through(eqn, ins), next(it.tokens)
+    init = it.dense(eqn, _without(ins[a + b :], through), "the weight is carried; pass it to the body as a constant")
+    cond_const = it.dense(eqn, ins[:a], "the weight decides when the loop ends")
     function = it.scope(compat.close(eqn.params["body_jaxpr"]), token)
+    condition = it.scope(compat.close(eqn.params["cond_jaxpr"]))
 
     def once(carry, i):
-        outs, moments = function([*body_const, *carry], i)
-        return _dense(it, eqn, outs, ESCAPES), moments
+        outs, moments = function([*ins[a : a + b], *_with(carry, through)], i)
+        return it.dense(eqn, _without(outs, through), ESCAPES), moments
 
     run, (_, shapes) = compat.stage(once, init, jnp.int32(0))
-    test = compat.run(compat.close(eqn.params["cond_jaxpr"]))
 
     def body(state):
         carry, moments, i = state
         outs, new = run(carry, i)
         return outs, _merged(moments, new), i + 1
 
-    state = (init, _empty(shapes), jnp.int32(0))
-    outs, moments, _ = lax.while_loop(lambda s: test(*cond_const, *s[0])[0], body, state)
-    return _merge(it, function, (outs, moments))
+    def test(state):
+        outs, _ = condition([*cond_const, *_with(state[0], through)])
+        return outs[0]
+
+    outs, moments, _ = lax.while_loop(test, body, (init, _empty(shapes), jnp.int32(0)))
+    return _merge(it, function, (_with(outs, through), moments))
 
 
 def call_cond(it, eqn, ins: list) -> list:
     """A conditional: a branch that is not taken adds statistics of no rows."""
-    index, args = _dense(it, eqn, ins[:1], "the weight decides which branch is taken")[0], ins[1:]
+    through = _through(eqn, ins)
+    index, args = it.dense(eqn, ins[:1], "the weight decides which branch is taken")[0], ins[1:]
     functions = [it.scope(compat.close(branch)) for branch in eqn.params["branches"]]
 
-    def one(function):
-        def run(args):
-            outs, moments = function(args)
-            return _dense(it, eqn, outs, ESCAPES), moments
+    def one(function, args):
+        outs, moments = function(args)
+        return it.dense(eqn, _without(outs, through), ESCAPES), moments
 
-        return run
-
-    staged = [compat.stage(one(function), args) for function in functions]
+    staged = [compat.stage(partial(one, function), args) for function in functions]
     shapes = [moments for _, (_, moments) in staged]
 
     def branch(i, *args):
@@ -158,7 +171,7 @@ def call_cond(it, eqn, ins: list) -> list:
     outs, moments = lax.switch(jnp.int32(index), branches, *args)
     for function, m in zip(functions, moments, strict=True):
         it.recorder.absorb(function.recorder, m)
-    return list(outs)
+    return _with(outs, through)
 
 
 CALLS = {

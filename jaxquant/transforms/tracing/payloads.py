@@ -60,7 +60,9 @@ def _sizes(factors: list[Factor], n: int) -> list[int]:
 
 def _inside(start, n: int, size: int):
     """The start of a slice of n positions as XLA moves it inside; JAX's functions would count a negative one back."""
-    return jnp.clip(start, 0, max(n - size, 0)) if isinstance(start, jax.Array) else min(start, n - size)
+    return (
+        jnp.clip(jnp.reshape(start, ()), 0, max(n - size, 0)) if isinstance(start, jax.Array) else min(start, n - size)
+    )
 
 
 def take(view: View, step: Take) -> View | None:

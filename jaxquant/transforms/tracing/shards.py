@@ -25,7 +25,7 @@ def call_shard_map(it, eqn, ins: list) -> list:
     for i, spec in enumerate(eqn.params["in_specs"]):
         parts = _split(ins[i], spec, mesh)
         if isinstance(parts, str):
-            ins[i], parts = it.handler.dense(eqn, [ins[i]], parts)[0], (spec, None)
+            ins[i], parts = it.dense(eqn, [ins[i]], parts)[0], (spec, None)
         split.append(parts)
     specs, local = zip(*split, strict=True)
     sharded = {v.path: dict(v.sharded) for v in local if v is not None}
@@ -35,8 +35,7 @@ def call_shard_map(it, eqn, ins: list) -> list:
         # the leaves of an argument are local already; what is static about it becomes local here
         args = [a if v is None else _with_payload(v, a) for a, v in zip(args, local, strict=True)]
         outs, moments = function(args)
-        if any(isinstance(o, View) for o in outs):
-            outs = it.handler.dense(eqn, outs, "the weight leaves its body as a result")
+        outs = it.dense(eqn, outs, "the weight leaves its body as a result")
         readers = _readers(function.recorder)
         tracked = eqn.params["check_vma"]
         return outs, [_merged(m, readers[i], sharded, names, tracked) for i, m in enumerate(moments)]

@@ -57,7 +57,7 @@ class View:
 
     Attributes:
       payload: the dense value that the program holds, or a QTensor without the positions already taken.
-      index: traced positions of the leads that have one.
+      index: traced positions of the leads that have one, as the program has them: one integer each.
       path: of the weight in the parameter tree, "a/b/c".
       axes: per axis of the program's value, the factors it is made of. Axes of size 1 may be left out.
       sizes: of the weight's own axes (local ones inside `shard_map`, shorter where a slice cut them).
@@ -268,8 +268,7 @@ def _gather(view: View, eqn, ins) -> Steps:
     shape = tuple(1 if i == dim else n for i, n in enumerate(view.shape))
     if d.collapsed_slice_dims != (dim,) or d.operand_batching_dims or tuple(eqn.params["slice_sizes"]) != shape:
         return None
-    at = _clamped(indices[0], view.shape[dim] - 1)
-    step = _cut(view, shape, [at if i == dim else 0 for i in range(len(shape))])
+    step = _cut(view, shape, [indices if i == dim else 0 for i in range(len(shape))])
     return None if step is None else [_without(step, dim)]
 
 
