@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -99,14 +100,18 @@ def _demo(args) -> None:
     files = demo.save(result, Path(args.out))
     if args.json:
         return _print_json(dataclasses.asdict(result))
-    table = Table(caption=f"float: {result.float_size / 1e6:.2f} MB, perplexity {result.float_perplexity:.3f}; "
-                          f"groups of {result.group_size}; {result.evaluation_tokens:,} held-out tokens")  # fmt: skip
-    for column in ("method", "bits", "size MB", "bits/weight", "perplexity", "loss increase", "KL", "top-1", "seconds"):
+    caption = (
+        f"float: {result.float_size / 1e6:.2f} MB, perplexity {result.float_perplexity:.3f}; "
+        f"groups of {result.group_size}; {result.evaluation_tokens:,} held-out tokens"
+    )
+    table = Table(caption=caption, box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("method", "bits", "MB", "bits/w", "perplexity", "loss increase", "KL", "top-1", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in result.rows:
-        table.add_row(row.method, str(row.bits), f"{row.size / 1e6:.2f}", f"{row.bits_per_weight:.3f}",
-                      f"{row.perplexity:.3f}", f"{row.loss_increase:+.4f} ± {row.loss_stderr:.4f}", f"{row.kl:.4f}",
-                      f"{row.top1_agreement:.1%}", f"{row.seconds:.1f}")  # fmt: skip
+        numbers = (f"{row.size / 1e6:.2f}", f"{row.bits_per_weight:.3f}", f"{row.perplexity:.3f}")
+        increase = f"{row.loss_increase:+.4f} ±{row.loss_stderr:.4f}"
+        rest = (f"{row.kl:.4f}", f"{row.top1_agreement:.1%}", f"{row.seconds:.1f}")
+        table.add_row(row.method, str(row.bits), *numbers, increase, *rest)
     Console().print(table)
     print("written:", *files)
 

@@ -24,7 +24,7 @@ WIDTHS = (8, 4, 3, 2)
 GROUP_SIZE = 128
 METHODS = {"RTN": RTN, "GPTQ": GPTQ}
 CALIBRATION = (128, 256)  # samples, tokens in each
-EVALUATION = (32, 512)
+EVALUATION = (16, 512)  # windows, tokens in each
 STEPS = len(METHODS) * len(WIDTHS)
 
 
