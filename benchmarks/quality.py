@@ -58,7 +58,9 @@ def table(measured: dict) -> str:
         increase = {method: found["loss_increase"] for method, found in row.items()}
         cells = [f"{e.mean:.4f} ± {e.stderr:.4f}" for e in increase.values()]
         best = min(e.mean for method, e in increase.items() if method != "RTN")
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {increase['RTN'].mean / best:.2f} |")
+        clear = increase["RTN"].mean > 3 * increase["RTN"].stderr  # a ratio of noise would say nothing
+        ratio = f"{increase['RTN'].mean / best:.2f}" if clear else "–"
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {ratio} |")
     first = next(iter(next(iter(measured["results"].values())).values()))
     note = f"{measured['calibration_tokens']:,} calibration tokens, {first['tokens']:,} scored held-out tokens"
     return f"{environment.line()}\n\n{note}; float perplexity {first['baseline_perplexity']:.3f}\n\n" + "\n".join(lines)
