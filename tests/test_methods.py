@@ -10,7 +10,7 @@ from samples import correlated, output_error, statistics_of, weights
 
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.affine import dequantize, encode, expand
+from jaxquant.numerics.affine import dequantize, encode
 from jaxquant.numerics.spec import QuantSpec, int3, int4, int8
 
 K, N = 48, 16
@@ -55,7 +55,7 @@ def test_structure_dtypes_and_range_of_the_codes(method, spec, dtype):
 @every_method
 def test_dequantized_weights_quantize_to_the_same_codes(method, spec):
     q, _ = run(*given(), METHODS[method](SPECS[spec]))
-    scale, zero_point = (expand(a, q.shape, 1) for a in (q.scale, q.zero_point))
+    scale, zero_point = per_code(q.scale, q.zero_point, q.shape, 1)
     np.testing.assert_array_equal(encode(dequantize(q), scale, zero_point, q.spec), q.codes)
 
 

@@ -360,7 +360,7 @@ def test_experts_of_each_token_are_looked_up():
 
 
 STRICT = {
-    "mask": (lambda w, x: x @ (w * (w > 0).astype(w.dtype)), "`gt` meets the quantized weight 'w'"),
+    "mask": (lambda w, x: x @ (w * (w > 0).astype(w.dtype)), "`(gt|mul)` meets the quantized weight 'w'"),
     "scaled": (lambda w, x: x @ (2 * w), "`mul` meets the quantized weight 'w'"),
     "two weights": (lambda w, x: x @ (w @ w), "`dot_general` meets the quantized weight 'w'"),
     "norm": (lambda w, x: jnp.linalg.norm(w), "'w'"),

@@ -3,14 +3,14 @@
 import jax
 from jax import lax
 
-from jaxquant.numerics.affine import decode, expand
+from jaxquant.numerics.affine import decode, per_code
 from jaxquant.numerics.qtensor import QTensor
 
 
 def dense(q: QTensor) -> jax.Array:
     """The weight in canonical layout, `[*lead, K, *out]`, in `q.dtype`."""
     codes, n_out = q.codes, len(q.out)
-    return decode(codes, *(expand(a, codes.shape, n_out) for a in (q.scale, q.zero_point))).astype(q.dtype)
+    return decode(codes, *per_code(q.scale, q.zero_point, codes.shape, n_out)).astype(q.dtype)
 
 
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:

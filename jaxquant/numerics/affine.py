@@ -62,7 +62,7 @@ def quantize(
     contract, out = resolve_axes(x, spec, contract, out)
     w = to_canonical(x, contract, out)
     scale, zero_point = _choose(w, spec, len(out))
-    codes = encode(w, *_per_code(scale, zero_point, w.shape, len(out)), spec)
+    codes = encode(w, *per_code(scale, zero_point, w.shape, len(out)), spec)
     axes = {"contract": contract, "out": out, "in_shape": tuple(x.shape[a] for a in contract)}
     return QTensor.from_codes(codes, scale, zero_point, spec, dtype=x.dtype, **axes)
 
@@ -73,7 +73,7 @@ def dequantize(q: QTensor, dtype=None) -> jax.Array:
     The product `(codes - zero_point) · scale` is taken in at least float32 and rounded once, to the result's dtype.
     """
     codes, n_out = q.codes, len(q.out)
-    w = decode(codes, *_per_code(q.scale, q.zero_point, codes.shape, n_out))
+    w = decode(codes, *per_code(q.scale, q.zero_point, codes.shape, n_out))
     return from_canonical(w, q.contract, q.out, q.in_shape).astype(dtype or q.dtype)
 
 
@@ -89,7 +89,7 @@ def fake_quantize(
     contract, out = resolve_axes(x, spec, contract, out)
     w = to_canonical(x, contract, out).astype(compute_dtype(x.dtype))
     scale, zero = _range_to_scale(w, spec, len(out), jnp.dtype(spec.scale_dtype or x.dtype))
-    scale, zero = _per_code(scale.astype(w.dtype), lax.stop_gradient(zero), w.shape, len(out))
+    scale, zero = per_code(scale.astype(w.dtype), lax.stop_gradient(zero), w.shape, len(out))
     codes = encode(*lax.stop_gradient((w, scale, zero)), spec).astype(w.dtype)
     steps = w / scale
     codes += steps - lax.stop_gradient(steps)  # zero, with the derivative of w / scale
@@ -115,13 +115,15 @@ def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, dty
     return steps * scale.astype(dtype)
 
 
-def expand(a: jax.Array | None, shape: tuple[int, ...], n_out: int) -> jax.Array | None:
-    """Repeats scales or zero points `[*lead, groups, *out]` to one per code of `shape` `[*lead, K, *out]`."""
-    if a is None:
-        return None
+def per_code(scale: jax.Array, zero_point: jax.Array | None, shape: tuple[int, ...], n_out: int) -> tuple[Any, Any]:
+    """Repeats scales and zero points `[*lead, groups, *out]` to one per code of `shape` `[*lead, K, *out]`."""
     axis = len(shape) - 1 - n_out
-    grouped = (*shape[:axis], a.shape[axis], shape[axis] // a.shape[axis], *shape[axis + 1 :])
-    return jnp.broadcast_to(jnp.expand_dims(a, axis + 1), grouped).reshape(shape)
+
+    def repeated(a):
+        grouped = (*shape[:axis], a.shape[axis], shape[axis] // a.shape[axis], *shape[axis + 1 :])
+        return jnp.broadcast_to(jnp.expand_dims(a, axis + 1), grouped).reshape(shape)
+
+    return jax.tree.map(repeated, (scale, zero_point))
 
 
 def resolve_axes(x, spec, contract, out) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -135,10 +137,6 @@ def resolve_axes(x, spec, contract, out) -> tuple[tuple[int, ...], tuple[int, ..
     check_layout(x.ndim, contract, out)
     spec.num_groups(math.prod(x.shape[a] for a in contract))
     return contract, out
-
-
-def _per_code(scale, zero_point, shape, n_out) -> tuple[Any, Any]:
-    return jax.tree.map(lambda a: expand(a, shape, n_out), (scale, zero_point))
 
 
 def _choose(w, spec, n_out):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
 from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.transforms.tracing import interpreter, payloads
+from jaxquant.transforms.tracing import compat, interpreter, payloads
 from jaxquant.transforms.tracing.views import View
 
 
@@ -73,7 +73,7 @@ class _Static:
 
 
 def _interpret(fn, params, inputs, executor):
-    closed, structure, leaves, arrays = interpreter.trace(fn, params, inputs, is_qtensor)
+    closed, structure, leaves, arrays = interpreter.trace(fn, params, inputs)
     outs, _ = interpreter.start(executor, closed, leaves, arrays, lambda _, leaf: is_qtensor(leaf))
     return jax.tree.unflatten(structure, [executor.result(o) for o in outs])
 
@@ -106,20 +106,29 @@ class _Executor:
         if q is None:
             return it.other(product.eqn, product.ins, "it batches over an axis that the weight was quantized along")
         kept = {name: product.eqn.params[name] for name in ("preferred_element_type", "precision")}
-        if product.groups is not None:
-            return [product.restore(quantized_ragged_matmul(product.rows(), q, product.groups, **kept))]
-        return [product.restore(quantized_matmul(product.rows(), q, **kept))]
+
+        def run(x, q, groups):
+            rows = dataclasses.replace(product, x=x).rows()
+            if groups is None:
+                return product.restore(quantized_matmul(rows, q, **kept))
+            return product.restore(quantized_ragged_matmul(rows, q, groups, **kept))
+
+        return [_typed(run, product.eqn)(product.x, q, product.groups)]
 
     def lookup(self, it, lookup, eqn, ins):
         """Only the rows asked for are dequantized."""
-        rows = payloads.take_rows(lookup.view, lookup.axis, lookup.ids)
-        if rows is None:
+        if payloads.payload_axis(lookup.view, lookup.axis) is None:
             return it.other(eqn, ins, "it looks up positions along an axis that groups and packed codes run over")
-        if lookup.fill is not None:
-            inside = (lookup.ids >= 0) & (lookup.ids < lookup.view.sizes[lookup.axis])
-            inside = jnp.expand_dims(inside, tuple(range(inside.ndim, rows.ndim)))
-            rows = jnp.where(inside, rows, jnp.asarray(lookup.fill, rows.dtype))
-        return [jnp.moveaxis(rows, range(lookup.ids.ndim, rows.ndim), lookup.offset_dims)]
+
+        def run(view, ids):
+            rows = payloads.take_rows(view, lookup.axis, ids)
+            if lookup.fill is not None:
+                inside = (ids >= 0) & (ids < view.sizes[lookup.axis])
+                inside = jnp.expand_dims(inside, tuple(range(inside.ndim, rows.ndim)))
+                rows = jnp.where(inside, rows, jnp.asarray(lookup.fill, rows.dtype))
+            return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), lookup.offset_dims)
+
+        return [_typed(run, eqn)(lookup.view, lookup.ids)]
 
     def dense(self, eqn, values, why):
         """Dense copies if they are allowed, and an error if not."""
@@ -143,3 +152,9 @@ class _Executor:
             )
         warnings.warn(f"{message}; a dense copy was made", stacklevel=2)
         return [payloads.densify(v) if isinstance(v, View) else v for v in values]
+
+
+def _typed(run: Callable, eqn) -> Callable:
+    """`run`, whose result has the sharding that the equation's has, under a mesh with explicit axes."""
+    result = eqn.outvars[0].aval
+    return compat.compiler_sharded(run, result, result.sharding.spec)

@@ -1,8 +1,11 @@
 """All that differs between the supported JAX versions (0.10.2 to 0.12), and the primitives without a public name."""
 
+from typing import Any
+
 import jax
 import jax.extend.core as jexc
 from jax import lax
+from jax.sharding import AxisType
 
 JIT = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("checkpoint", "remat", "remat2")
@@ -51,7 +54,7 @@ def stage(fn, *args):
 
 def varying(x) -> frozenset:
     """The mesh axes over which a value inside `shard_map` differs, as far as JAX keeps track (`check_vma`)."""
-    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    aval: Any = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)
     return aval.vma if kind is None else kind.varying
 
@@ -65,6 +68,18 @@ def varying_as(x: jax.Array, like) -> jax.Array:
     """`x`, with the type of a value that differs over the same mesh axes as `like`."""
     missing = tuple(varying(like) - varying(x))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def explicit_axes(x) -> tuple[str, ...]:
+    """The mesh axes by which the type of a value says how it is sharded (`jax.sharding.AxisType.Explicit`)."""
+    mesh = (x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)).sharding.mesh
+    return tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
+
+
+def compiler_sharded(fn, like, out_sharding):
+    """`fn`, whose inside the compiler shards as it sees fit where types say how values like `like` are sharded."""
+    axes = explicit_axes(like)
+    return jax.sharding.auto_axes(fn, out_sharding=out_sharding, axes=axes) if axes else fn
 
 
 def scan_groups(eqn) -> tuple[int, int]:

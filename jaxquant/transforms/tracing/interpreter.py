@@ -10,8 +10,10 @@ import jax.extend.core as jexc
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms.tracing import compat, products
 from jaxquant.transforms.tracing.loops import CALLS
+from jaxquant.transforms.tracing.payloads import type_of
 from jaxquant.transforms.tracing.recorder import Recorder
 from jaxquant.transforms.tracing.views import RENAMINGS, Step, View, make_view, within
 
@@ -53,7 +55,7 @@ class Interpreter:
     loops: tuple[tuple[int, jax.Array], ...] = ()
     tokens: Any = dataclasses.field(default_factory=itertools.count)
     repeated: dict = dataclasses.field(default_factory=dict)
-    closed: jexc.ClosedJaxpr | None = None
+    closed: Any = None
 
     def run(self, closed: jexc.ClosedJaxpr, args: list) -> list:
         """The results of a jaxpr; `args` and results may be views."""
@@ -170,7 +172,7 @@ def is_matrix(leaf) -> bool:
     return traceable(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = None):
+def trace(fn: Callable, params: Any, inputs: tuple):
     """Traces `fn(params, *inputs)` with every array as an argument.
 
     Leaves of `params` that are QTensors are traced as dense arrays of their shape and dtype.
@@ -179,7 +181,7 @@ def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = N
       `(closed jaxpr, structure of the result, [(path, leaf) of params], flat arrays of inputs)`; the jaxpr takes the
       leaves of params, then the arrays.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     flat, input_structure = jax.tree.flatten(inputs)
     dynamic = [i for i, leaf in enumerate(flat) if traceable(leaf)]
 
@@ -189,7 +191,7 @@ def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = N
             full[i] = a
         return fn(jax.tree.unflatten(structure, weights), *jax.tree.unflatten(input_structure, full))
 
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_leaf and is_leaf(leaf) else leaf for _, leaf in leaves]
+    shapes = [type_of(leaf) if is_qtensor(leaf) else leaf for _, leaf in leaves]
     arrays = [flat[i] for i in dynamic]
     closed, result = jax.make_jaxpr(call, return_shape=True)(shapes, arrays)
     return closed, jax.tree.structure(result), [(path_name(k), leaf) for k, leaf in leaves], arrays

@@ -6,6 +6,7 @@ flow would have to carry a view out of a body, and it is made dense.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def _one_layer(x, sliced, i, token: int):
     if not isinstance(x, View):
         return sliced
     f = x.axes[0][0]
-    view = payloads.take(x, Take(f, i, None)) if _indexed(x) else sliced
+    view: Any = payloads.take(x, Take(f, i, None)) if _indexed(x) else sliced  # `_sliceable` said that it can be taken
     return dataclasses.replace(view, axes=x.axes[1:], leads=(*x.leads, Lead(f, "scan", None, token)), index=x.index)
 
 

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxquant.numerics import statistics
 from jaxquant.numerics.statistics import Moments
@@ -62,7 +62,8 @@ class Observer:
         return it.bind(product.eqn, _dense(product.ins))
 
     def _moments(self, it, product: Product) -> Moments:
-        moments = _replicated(_observe, product)(product.x, product.groups, *self._tokens(it, product))
+        observe = compat.compiler_sharded(functools.partial(_observe, product), product.x, PartitionSpec())
+        moments = observe(product.x, product.groups, *self._tokens(it, product))
         for _ in _local_positions(product):
             moments = jax.tree.map(lambda a: a[None], moments)
         view = product.view
@@ -104,15 +105,6 @@ def _observe(product: Product, x, groups, position, real) -> Moments:
     for _ in product.batch_factors:
         observe = jax.vmap(observe, in_axes=(0, None, None))
     return observe(rows, position, real)
-
-
-def _replicated(observe, product: Product):
-    """`observe`, which under a mesh with explicit axes lets the compiler choose how to sum over sharded tokens."""
-    mesh = jax.typeof(product.x).sharding.mesh
-    observe = functools.partial(observe, product)
-    if not any(t == AxisType.Explicit for t in mesh.axis_types):
-        return observe
-    return jax.sharding.auto_axes(observe, out_sharding=PartitionSpec(), axes=mesh.axis_names)
 
 
 def _shard(product: Product) -> tuple[jax.Array, int]:

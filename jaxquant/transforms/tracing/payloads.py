@@ -11,9 +11,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.kernels.reference import dense
+from jaxquant.numerics.layout import canonical_order
 from jaxquant.numerics.qtensor import QTensor
+from jaxquant.transforms.tracing import compat
 from jaxquant.transforms.tracing.views import Factor, Take, View, own_order, taken
 
 
@@ -127,14 +130,13 @@ def densify(view: View) -> jax.Array:
     return jnp.transpose(w, [own.index(i) for i in range(len(factors))]).reshape(view.shape)
 
 
-def take_rows(view: View, axis: int, ids: jax.Array) -> jax.Array | None:
-    """Dequantized rows at positions `ids` along an axis of the weight, clamped to its bounds.
+def take_rows(view: View, axis: int, ids: jax.Array) -> jax.Array:
+    """Dequantized rows at positions `ids` along a leading or output axis of the weight, clamped to its bounds.
 
-    Returns `[*ids, *the view's other axes]`, or None along a contracting axis. Only the rows asked for are dequantized.
+    Returns `[*ids, *the view's other axes]`. Only the rows asked for are dequantized.
     """
     at = payload_axis(view, axis)
-    if at is None:
-        return None
+    assert at is not None
     n, flat = view.sizes[axis], ids.reshape(-1)
     q = jax.tree.map(lambda a: jnp.take(a, flat, at, mode="clip") if a.shape[at] == n else a, view.payload)
     dim = next(d for d in range(len(view.axes)) if view.whole(d) == axis)
@@ -142,3 +144,17 @@ def take_rows(view: View, axis: int, ids: jax.Array) -> jax.Array | None:
     axes = tuple((Factor(axis, 1, flat.size),) if d == dim else f for d, f in enumerate(view.axes))
     rows = jnp.moveaxis(densify(dataclasses.replace(view, payload=q, sizes=sizes, axes=axes)), dim, 0)
     return rows.reshape(*ids.shape, *rows.shape[1:])
+
+
+def type_of(q: QTensor) -> jax.ShapeDtypeStruct:
+    """The type of the dense weight that a QTensor stands for, sharded as its arrays are if their types say so."""
+    sharding = None
+    if compat.explicit_axes(q.values):
+        own = jax.typeof(q.values).sharding
+        k = q.values.ndim - 1 - len(q.out)
+        names = dict(enumerate(own.spec))
+        order = canonical_order(q.ndim, q.contract, q.out)
+        spec = {axis: names.get(i if i <= k else i - len(q.contract) + 1) for i, axis in enumerate(order)}
+        spec |= dict.fromkeys(order[k + 1 : k + len(q.contract)])  # a flattened axis is split along its first part
+        sharding = NamedSharding(own.mesh, PartitionSpec(*(spec[a] for a in range(q.ndim))))
+    return jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=sharding)

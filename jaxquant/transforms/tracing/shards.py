@@ -31,9 +31,9 @@ def call_shard_map(it, eqn, ins: list) -> list:
     sharded = {v.path: dict(v.sharded) for v in local if v is not None}
     function = it.scope(compat.inner_jaxpr(eqn))
 
-    def body(*args):
+    def body(*shards):
         # the leaves of an argument are local already; what is static about it becomes local here
-        args = [a if v is None else _with_payload(v, a) for a, v in zip(args, local, strict=True)]
+        args = [a if v is None else _with_payload(v, a) for a, v in zip(shards, local, strict=True)]
         outs, moments = function(args)
         outs = it.dense(eqn, outs, "the weight leaves its body as a result")
         readers = _readers(function.recorder)
@@ -70,8 +70,9 @@ def _split(v, spec, mesh) -> tuple | str:
     if any(isinstance(n, tuple) and len(n) > 1 for n in names):
         return "one axis of the weight is split over several mesh axes"
     names = tuple(n[0] if isinstance(n, tuple) else n for n in names)
-    of_axis = {v.whole(d): n for d, n in enumerate(names) if n is not None}
-    if None in of_axis:
+    whole = {d: v.whole(d) for d, n in enumerate(names) if n is not None}
+    of_axis = {axis: names[d] for d, axis in whole.items() if axis is not None}
+    if len(of_axis) < len(whole):
         return "the split axis is not one whole axis of the weight"
     sizes = tuple(n // mesh.shape[of_axis[a]] if a in of_axis else n for a, n in enumerate(v.sizes))
     axes = tuple(tuple(Factor(f.axis, f.stride, sizes[f.axis]) for f in a) if v.whole(d) in of_axis else a

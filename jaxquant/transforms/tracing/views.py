@@ -31,7 +31,7 @@ class Lead(NamedTuple):
 
     factor: Factor
     how: Literal["scan", "static", "traced"]
-    at: int | None
+    at: Any  # an int, but for a scan
     loop: int | None
 
 
@@ -40,7 +40,7 @@ class Take(NamedTuple):
 
     factor: Factor
     start: Any
-    size: int | None
+    size: Any  # an int, or None
 
 
 Axes = tuple[tuple[Factor, ...], ...]
