@@ -11,8 +11,11 @@ import pytest
 from functions import CASES, Seen, normal
 from jax import lax
 
+from jaxquant.numerics.affine import dequantize, quantize
+from jaxquant.numerics.spec import int4
 from jaxquant.numerics.statistics import HELD_OUT_EVERY, SAMPLE_ROWS, token_hash
 from jaxquant.transforms.calibrate import _Program, calibrate
+from jaxquant.transforms.quantized import quantized
 from jaxquant.transforms.tracing import observer
 
 COMPILED: list = []  # durations of all compilations of this process
@@ -319,6 +322,21 @@ def test_operations_that_look_alike_are_not_confused():
     for name, rows in {"a": x, "b": x.astype(jnp.bfloat16).astype(jnp.float32), "c": x.reshape(16, -1).T}.items():
         check(inputs[name], {(): (np.asarray(rows), np.arange(20))}, (), 16)
     assert inputs["l"].count.tolist() == [inputs["a"].count] * 3
+
+
+def test_a_model_that_is_quantized_in_part():
+    params = mlp_params()
+    half = params | {"a": quantize(params["a"], int4(group_size=8))}
+    stats = calibrate(quantized(mlp), half, [stream()])
+    assert (set(stats.products), stats.notes) == ({"b"}, ())
+    rows = np.asarray(jnp.tanh(stream().reshape(-1, 16) @ dequantize(half["a"])))
+    check(stats.products["b"].inputs, {(): (rows, np.arange(240))}, (), 24)
+
+
+def test_paths_are_unique():
+    params = {"a/b": normal(16, 8), "a": {"b": normal(16, 8)}}
+    with pytest.raises(ValueError, match="two leaves of the parameters have the path 'a/b'"):
+        calibrate(lambda p, x: x @ p["a/b"], params, [stream()])
 
 
 def test_errors_say_what_to_do():

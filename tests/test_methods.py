@@ -10,7 +10,7 @@ from samples import correlated, output_error, statistics_of, weights
 
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.affine import dequantize, encode
+from jaxquant.numerics.affine import dequantize, encode, per_code
 from jaxquant.numerics.spec import QuantSpec, int3, int4, int8
 
 K, N = 48, 16

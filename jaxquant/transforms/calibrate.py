@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.numerics import statistics
+from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.statistics import InputStatistics, Moments
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.tracing import compat, interpreter
@@ -113,7 +114,8 @@ class _Program:
     def __init__(self, fn, params, batch, real, recipe):
         closed, _, leaves, arrays = interpreter.trace(fn, params, (batch,))
         self.sizes = {path: np.shape(leaf) for path, leaf in leaves}
-        matrices = {path for path, leaf in leaves if interpreter.is_matrix(leaf)}
+        own = dict(interpreter.named_leaves(params, is_qtensor))  # without the parts of what is quantized already
+        matrices = {path for path, leaf in leaves if path in own and interpreter.is_matrix(leaf)}
         taken = matrices if recipe is None else set(resolve(recipe, self.sizes, matrices))
 
         def moments(values, arrays, position, real):

@@ -20,7 +20,7 @@ from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.report import LayerReport, Report
-from jaxquant.transforms.tracing.interpreter import is_matrix, path_name
+from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 
 CHUNK_BYTES = 2**29  # matrices and statistics that one compiled call works on, at most
 NOT_WEIGHTS = ("scale", "bias", "embedding")  # Flax's names of leaves that a bare config passes over without statistics
@@ -51,8 +51,7 @@ def quantize_params(
       ValueError: a weight with entries that are not finite, a group size that does not divide the inputs, a method
         without the statistics it needs, a rule that takes nothing. Nothing is computed before all of it is checked.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
-    named = {path_name(k): leaf for k, leaf in leaves}
+    named = dict(named_leaves(params, is_qtensor))
     jobs = _plan(named, stats, recipe)
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
@@ -65,6 +64,7 @@ def quantize_params(
         if progress is not None:
             progress(done, total)
     quantized = {job.path: job.assemble(pieces[job.path]) for job in jobs}
+    structure = jax.tree.structure(params, is_leaf=is_qtensor)
     tree = jax.tree.unflatten(structure, [quantized.get(path, leaf) for path, leaf in named.items()])
     notes: dict[str, str] = dict(stats.notes) if stats is not None else {}
     unchanged = {path: notes.get(path) for path in named if path not in quantized}

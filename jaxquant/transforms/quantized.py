@@ -73,7 +73,7 @@ class _Static:
 
 
 def _interpret(fn, params, inputs, executor):
-    closed, structure, leaves, arrays = interpreter.trace(fn, params, inputs)
+    closed, structure, leaves, arrays = interpreter.trace(fn, params, inputs, is_qtensor)
     outs, _ = interpreter.start(executor, closed, leaves, arrays, lambda _, leaf: is_qtensor(leaf))
     return jax.tree.unflatten(structure, [executor.result(o) for o in outs])
 

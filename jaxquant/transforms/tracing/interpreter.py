@@ -157,6 +157,19 @@ def paths_of(ins: list) -> list[str]:
     return list(dict.fromkeys(v.path for v in ins if isinstance(v, View)))
 
 
+def named_leaves(tree: Any, is_leaf: Callable | None = None) -> list[tuple[str, Any]]:
+    """The leaves of a tree, with their paths.
+
+    Raises:
+      ValueError: two leaves have one path, because a key contains a "/".
+    """
+    leaves = [(path_name(k), leaf) for k, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
+    if len(dict(leaves)) < len(leaves):
+        double = next(path for path, _ in leaves if sum(path == p for p, _ in leaves) > 1)
+        raise ValueError(f"two leaves of the parameters have the path {double!r}; rename a key that contains a '/'")
+    return leaves
+
+
 def path_name(key_path) -> str:
     """ "a/b/0" for a key path of `jax.tree_util`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -172,16 +185,16 @@ def is_matrix(leaf) -> bool:
     return traceable(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def trace(fn: Callable, params: Any, inputs: tuple):
+def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = None):
     """Traces `fn(params, *inputs)` with every array as an argument.
 
-    Leaves of `params` that are QTensors are traced as dense arrays of their shape and dtype.
+    Leaves of `params` that are QTensors (if `is_leaf` says so) are traced as dense arrays of their shape and dtype.
 
     Returns:
       `(closed jaxpr, structure of the result, [(path, leaf) of params], flat arrays of inputs)`; the jaxpr takes the
       leaves of params, then the arrays.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    leaves, structure = named_leaves(params, is_leaf), jax.tree.structure(params, is_leaf=is_leaf)
     flat, input_structure = jax.tree.flatten(inputs)
     dynamic = [i for i, leaf in enumerate(flat) if traceable(leaf)]
 
@@ -194,7 +207,7 @@ def trace(fn: Callable, params: Any, inputs: tuple):
     shapes = [type_of(leaf) if is_qtensor(leaf) else leaf for _, leaf in leaves]
     arrays = [flat[i] for i in dynamic]
     closed, result = jax.make_jaxpr(call, return_shape=True)(shapes, arrays)
-    return closed, jax.tree.structure(result), [(path_name(k), leaf) for k, leaf in leaves], arrays
+    return closed, jax.tree.structure(result), leaves, arrays
 
 
 def start(handler: Handler, closed, leaves: list, arrays: list, chosen: Callable[[str, Any], bool]):
