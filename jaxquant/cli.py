@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,9 +96,11 @@ def _add_inspect(commands) -> None:
 
 
 def _demo(args) -> None:
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
     with _progress() as progress:
         result = demo.run(progress)
-    files = demo.save(result, Path(args.out))
+    files = demo.save(result, out)
     if args.json:
         return _print_json(dataclasses.asdict(result))
     caption = (
@@ -172,7 +175,16 @@ def _plain(comparison) -> dict[str, Any]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=1))
+    print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: None in its place, as for the standard error over a single window."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

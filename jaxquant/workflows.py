@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer
 
@@ -19,6 +20,7 @@ from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms.calibrate import calibrate
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.report import Report
+from jaxquant.transforms.tracing.interpreter import named_leaves
 
 BATCH = 8  # sequences that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
@@ -91,7 +93,7 @@ def batches(samples: np.ndarray, progress: Progress) -> Iterator[jax.Array]:
     """Batches of calibration samples."""
     for i in range(0, len(samples), BATCH):
         progress("calibrating", i, len(samples))
-        yield jax.numpy.asarray(samples[i : i + BATCH])
+        yield jnp.asarray(samples[i : i + BATCH])
     progress("calibrating", len(samples), len(samples))
 
 
@@ -128,6 +130,7 @@ def quantize_checkpoint(
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
+    _check_finite(directory, params)
     recipe = model.recipe(config)
     stats = None
     if config.needs_statistics:
@@ -136,6 +139,13 @@ def quantize_checkpoint(
     params, report = quantize_params(params, stats, recipe, progress=lambda *n: progress("quantizing", *n))
     pretrained.save(out, model, params, format=format, overwrite=overwrite)
     return report
+
+
+def _check_finite(directory: Path, params: Any) -> None:
+    for path, leaf in named_leaves(params):
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
+            raise ValueError(f"{directory}: '{path}': {bad} of its {leaf.size} entries are not finite; repair it first")
 
 
 class Evaluation(NamedTuple):

@@ -119,7 +119,7 @@ DERIVED = [
     "heads_in_another_order",
     "custom_derivatives_downstream",
     "fused_qkv_indexed",
-    "tied_embedding",
+    "embedding",
     "experts_ragged",
     "leaves_of_every_kind",
     "linen",

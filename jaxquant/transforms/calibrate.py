@@ -71,7 +71,7 @@ def calibrate(
         time]`). Without it, every position is a token.
 
     Raises:
-      ValueError: no batch, no product with a weight, or a recipe that takes nothing.
+      ValueError: no batch, no token with finite inputs, no product with a weight, or a recipe that takes nothing.
     """
     programs: dict[tuple, _Program] = {}
     program, total, position = None, None, 0
@@ -155,5 +155,11 @@ def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
             continue
         inputs = assemble(uses, total, *axes, program.sizes[path], shared)
         products[path] = ProductStatistics(*axes, inputs)
+    every = [product.inputs for product in products.values()]
+    if every and not any(jnp.any(i.count > 0) for i in every) and any(jnp.any(i.dropped > 0) for i in every):
+        raise ValueError(
+            "no calibration token has finite inputs to any product: a parameter holds NaN or infinity, or the batches "
+            "hold something the function gives NaN for, such as token ids outside of the vocabulary"
+        )
     lookups = frozenset[str]().union(*(p.lookups for p in programs))
     return Statistics(products, lookups, tuple(dict.fromkeys(notes)))

@@ -24,7 +24,13 @@ from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 
 CHUNK_BYTES = 2**29  # matrices and statistics that one compiled call works on, at most
 NOT_WEIGHTS = ("scale", "bias", "embedding")  # Flax's names of leaves that a bare config passes over without statistics
-FALLBACKS = (None, "no calibration tokens", "no held-out tokens to judge by", "worse than RTN on held-out tokens")
+FALLBACKS = (
+    None,
+    "no calibration tokens",
+    "no held-out tokens to judge by",
+    "worse than RTN on held-out tokens",
+    "statistics are not finite",
+)
 
 
 def quantize_params(
@@ -56,8 +62,8 @@ def quantize_params(
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     total, done = sum(job.count for job in jobs), 0
-    for chunk in _chunks(jobs):
-        for (job, _), q, layer in zip(chunk, *_solve(chunk), strict=True):
+    for chunk, size in _chunks(jobs):
+        for (job, _), q, layer in zip(chunk, *_solve(chunk, size), strict=True):
             pieces[job.path].append(q)
             layers[job.path].append(layer)
         done += len(chunk)
@@ -66,10 +72,16 @@ def quantize_params(
     quantized = {job.path: job.assemble(pieces[job.path]) for job in jobs}
     structure = jax.tree.structure(params, is_leaf=is_qtensor)
     tree = jax.tree.unflatten(structure, [quantized.get(path, leaf) for path, leaf in named.items()])
-    notes: dict[str, str] = dict(stats.notes) if stats is not None else {}
-    unchanged = {path: notes.get(path) for path in named if path not in quantized}
     order = tuple(layer for path in named for layer in layers.get(path, ()))
-    return tree, Report(order, unchanged, _nbytes(params), _nbytes(tree))
+    unchanged = tuple(path for path in named if path not in quantized)
+    return tree, Report(order, unchanged, _notes(stats), _nbytes(params), _nbytes(tree))
+
+
+def _notes(stats: Statistics | None) -> dict[str, str]:
+    notes: dict[str, list[str]] = {}
+    for path, note in stats.notes if stats is not None else ():
+        notes.setdefault(path, []).append(note)
+    return {path: "; ".join(parts) for path, parts in notes.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,7 +189,7 @@ def _check(job: _Job) -> None:
         )
 
 
-def _chunks(jobs: list[_Job]) -> Iterator[list[tuple[_Job, int]]]:
+def _chunks(jobs: list[_Job]) -> Iterator[tuple[list[tuple[_Job, int]], int]]:
     """Matrices `(job, position)` of one kind, as many as one call may work on."""
     kinds: dict[tuple, list[_Job]] = {}
     for job in jobs:
@@ -186,13 +198,14 @@ def _chunks(jobs: list[_Job]) -> Iterator[list[tuple[_Job, int]]]:
         matrices = [(job, i) for job in members for i in range(job.count)]
         size = max(1, min(len(matrices), CHUNK_BYTES // (4 * k * (k + n))))
         for start in range(0, len(matrices), size):
-            yield matrices[start : start + size]
+            yield matrices[start : start + size], size
 
 
-def _solve(chunk: list[tuple[_Job, int]]) -> tuple[list[QTensor], list[LayerReport]]:
+def _solve(chunk: list[tuple[_Job, int]], size: int) -> tuple[list[QTensor], list[LayerReport]]:
     start = time.perf_counter()
     whole = {id(job): job.matrices() for job, _ in chunk}
     parts = [jax.tree.map(lambda a, i=i: a[i], whole[id(job)]) for job, i in chunk]
+    parts += parts[-1:] * (size - len(parts))  # the last chunk runs in the same program as the others
     w, inputs = jax.tree.map(lambda *a: jnp.stack(a), *parts)
     q, facts = jax.block_until_ready(_run(chunk[0][0].config, w, inputs))
     facts = jax.tree.map(np.asarray, facts)
@@ -217,6 +230,7 @@ def _one(config, w: jax.Array, inputs: InputStatistics | None) -> tuple[QTensor,
     scale = _energy(x, w)
     error, rtn_error = (_energy(x, dense(a).astype(x.dtype) - w.astype(x.dtype)) / scale for a in (q, nearest))
     fallback = jnp.where(error <= rtn_error, 0, 3)
+    fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, 4)
     fallback = jnp.where(scale > 0, fallback, 2)
     fallback = jnp.where(inputs.count > 0, fallback, 1)
     if isinstance(config, RTN):
@@ -250,7 +264,7 @@ def _row(job: _Job, at: int, facts: dict[str, Any], seconds: float) -> LayerRepo
         rtn_error=number("rtn_error"),
         error=number("error"),
         fallback=FALLBACKS[int(facts.get("fallback", 0))],
-        info={k.removeprefix("info/"): float(v) for k, v in facts.items() if k.startswith("info/")},
+        info={k.removeprefix("info/"): number(k) for k in facts if k.startswith("info/")},
         seconds=seconds,
     )
 

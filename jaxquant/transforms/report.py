@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 
@@ -22,7 +23,7 @@ class LayerReport:
       rtn_error, error: relative squared output error ‖x(Ŵ-W)‖²/‖xW‖² on held-out tokens, of rounding to nearest and of
         the weight that was kept; None without held-out tokens.
       fallback: why rounding to nearest was kept in place of the method's answer; None where it was not.
-      info: what the method itself reports (GPTQ: damping, dead channels).
+      info: what the method itself reports (GPTQ: damping, dead channels); None where a number is not finite.
       seconds: its share of the wall clock, compilation included.
     """
 
@@ -38,7 +39,7 @@ class LayerReport:
     rtn_error: float | None
     error: float | None
     fallback: str | None
-    info: dict[str, float]
+    info: dict[str, float | None]
     seconds: float
 
     @property
@@ -53,12 +54,14 @@ class Report:
 
     Attributes:
       layers: one entry per matrix.
-      unchanged: paths left as they were; with a reason where statistics could not follow them.
+      unchanged: paths left as they were.
+      notes: per path, uses of a weight that calibration could not follow; `quantized` refuses those of a quantized one.
       bytes_before, bytes_after: of the whole tree, as memory holds it.
     """
 
     layers: tuple[LayerReport, ...]
-    unchanged: dict[str, str | None]
+    unchanged: tuple[str, ...]
+    notes: dict[str, str]
     bytes_before: int
     bytes_after: int
 
@@ -73,17 +76,21 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(self.to_dict(), indent=1)
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def table(self) -> Table:
         """The report as a rich table, one row per matrix."""
-        table = Table(caption=f"{self.bytes_before:,} → {self.bytes_after:,} bytes, {len(self.fallbacks)} fallbacks")
+        caption = f"{self.bytes_before:,} → {self.bytes_after:,} bytes, {len(self.fallbacks)} fallbacks"
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=caption)
         for column in ("weight", "shape", "method", "bits", "tokens", "RTN error", "error", "note"):
-            table.add_column(column, justify="left" if column in ("weight", "method", "note") else "right")
+            left = column in ("weight", "method", "note")
+            table.add_column(column, justify="left" if left else "right", overflow="fold")
         for layer in self.layers:
             bits = f"{layer.bits}" + (f" g{layer.group_size}" if layer.group_size else "")
             numbers = ("–" if e is None else f"{e:.2e}" for e in (layer.rtn_error, layer.error))
             tokens = "–" if layer.tokens is None else f"{layer.tokens:,}"
             shape = "×".join(map(str, layer.shape))
             table.add_row(layer.name, shape, layer.method, bits, tokens, *numbers, layer.fallback or "")
+        for path, note in self.notes.items():
+            table.add_row(path, "", "", "", "", "", "", note)
         return table
