@@ -34,8 +34,8 @@ WINDOWS, CONTEXT = 64, 512
 
 
 def measure() -> dict:
-    model, params = jq.load_pretrained(workflows.TINYLM, dtype="float32")
-    text = workflows.Text(workflows.TINYLM)
+    model, params = jq.load_pretrained("tinylm", dtype="float32")
+    text = workflows.TextSource("tinylm")
     samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH)
     tokens = text.corpus("held_out", WINDOWS * CONTEXT)
     stats = jq.calibrate(model.apply, params, workflows.batches(samples, workflows.silent))

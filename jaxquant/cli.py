@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jaxquant import demo, workflows
+from jaxquant import workflows
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.spec import QuantSpec
@@ -96,6 +96,8 @@ def _add_inspect(commands) -> None:
 
 
 def _demo(args) -> None:
+    from jaxquant import demo  # draws with matplotlib, which no other command waits for
+
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)  # before the work, not after
     with _progress() as progress:
@@ -122,6 +124,8 @@ def _demo(args) -> None:
 def _quantize(args) -> None:
     group_size = None if args.per_channel else args.group_size
     spec = QuantSpec(bits=args.bits, group_size=group_size, symmetric=not args.asymmetric)
+    if args.method == "rtn" and args.no_act_order:
+        raise ValueError("--no-act-order is read by --method gptq only; leave it out")
     config = RTN(spec) if args.method == "rtn" else GPTQ(spec, act_order=not args.no_act_order)
     with _progress() as progress:
         report = workflows.quantize_checkpoint(

@@ -24,7 +24,7 @@ WIDTHS = (8, 4, 3, 2)
 GROUP_SIZE = 128
 METHODS = {"RTN": RTN, "GPTQ": GPTQ}
 CALIBRATION = (128, 256)  # samples, tokens in each
-EVALUATION = (16, 512)  # windows, tokens in each
+EVALUATION = (16, 256)  # windows, tokens in each
 STEPS = len(METHODS) * len(WIDTHS)
 
 
@@ -73,8 +73,8 @@ class Demo:
 
 def run(progress: workflows.Progress = workflows.silent) -> Demo:
     """Quantizes the packaged model by each method at each width and evaluates each on held-out text."""
-    model, params = pretrained.load_pretrained(workflows.TINYLM, dtype="float32")
-    text = workflows.Text(workflows.TINYLM)
+    model, params = pretrained.load_pretrained("tinylm", dtype="float32")
+    text = workflows.TextSource("tinylm")
     samples = workflows.calibration_samples(model, text, None, *CALIBRATION)
     tokens = text.corpus("held_out", EVALUATION[0] * EVALUATION[1])
     recipe = model.recipe(RTN(QuantSpec()))  # only which weights matters here: one pass serves all that follow

@@ -19,6 +19,7 @@ from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_check
 from jaxquant.checkpoints.json_file import read_json, write_json
 from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
 from jaxquant.checkpoints.tensors import Tensors
+from jaxquant.models import TINYLM
 from jaxquant.models.config import FAMILIES, DecoderConfig
 from jaxquant.models.model import Model
 from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors_from_params
@@ -30,12 +31,23 @@ _SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came f
 _STORAGE = "quantization_config"  # how the tensors were stored, which is no property of the loaded model
 
 
+def find_model(name: str | os.PathLike) -> Path:
+    """The directory of a model: a local one, the packaged "tinylm", or one of the Hugging Face hub.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    packaged = os.fspath(name) == "tinylm" and not Path(name).exists()
+    return TINYLM if packaged else find_checkpoint(name)
+
+
 def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> tuple[Model, Any]:
     """Loads a model and its parameters.
 
     Args:
-      name: a local directory, or a hub id ("owner/model"). Read are float checkpoints in safetensors, what `save`
-        writes in any format, and compressed-tensors' symmetric `pack-quantized` weights from elsewhere.
+      name: a local directory, a hub id ("owner/model"), or "tinylm", the model in the package. Read are float
+        checkpoints in safetensors, what `save` writes in any format, and compressed-tensors' `pack-quantized`
+        weights from elsewhere.
       dtype: of the computation; None takes that of the largest parameter.
 
     Returns:
@@ -46,7 +58,7 @@ def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> 
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
       ValueError: a file is damaged, or the architecture or the quantization is not supported.
     """
-    directory = find_checkpoint(name)
+    directory = find_model(name)
     if (directory / HEADER).is_file() and not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
     hf_config = read_json(directory / CONFIG)

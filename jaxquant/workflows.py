@@ -1,5 +1,6 @@
 """Whole jobs on checkpoints: load, calibrate, quantize, save; load and evaluate. The command line calls these."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,14 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer
 
 from jaxquant import pretrained
-from jaxquant.checkpoints.huggingface import find_checkpoint
 from jaxquant.evaluation.corpus import standard_library_text
 from jaxquant.evaluation.data import read_tokens, take_samples
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
-from jaxquant.models import TINYLM
 from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms.calibrate import calibrate
@@ -32,16 +30,11 @@ def silent(what: str, done: int, total: int) -> None:
     """Shows no progress."""
 
 
-def find_model(name: str) -> Path:
-    """The directory of a checkpoint: a local one, the packaged "tinylm", or one of the Hugging Face hub."""
-    return TINYLM if name == "tinylm" and not Path(name).exists() else find_checkpoint(name)
+class TextSource:
+    """A checkpoint's tokenizer and the built-in text; the tokenizer is read when it is first needed."""
 
-
-class Text:
-    """A checkpoint's tokenizer, read when it is first needed: token files need none."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, name: str | os.PathLike):
+        self.directory = pretrained.find_model(name)
         self._tokenizer: Any = None
 
     def encode(self, text: str) -> list[int]:
@@ -52,6 +45,8 @@ class Text:
     def tokenizer(self) -> Any:
         """The tokenizer; ValueError where the checkpoint has none that can be read."""
         if self._tokenizer is None:
+            from transformers import AutoTokenizer  # takes seconds, and imports PyTorch where there is one
+
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.directory, model_max_length=2**31)
             except (OSError, ValueError, KeyError) as error:
@@ -74,7 +69,7 @@ class Text:
         return np.asarray(tokens[:at_most], np.int32)
 
 
-def calibration_samples(model: Model, text: Text, file: str | None, count: int, length: int) -> np.ndarray:
+def calibration_samples(model: Model, text: TextSource, file: str | None, count: int, length: int) -> np.ndarray:
     """Token samples `[count, length]` for calibration, from a file or the built-in text's training split."""
     length = min(length, model.config.max_position_embeddings)
     tokens = text.corpus("train", 8 * count * length) if file is None else read_tokens(file, text.encode)
@@ -82,7 +77,7 @@ def calibration_samples(model: Model, text: Text, file: str | None, count: int, 
     return take_samples(tokens, count, length)
 
 
-def evaluation_tokens(model: Model, text: Text, file: str | None, context: int) -> np.ndarray:
+def evaluation_tokens(model: Model, text: TextSource, file: str | None, context: int) -> np.ndarray:
     """Tokens to evaluate on: a whole file, or 64 contexts of the built-in text's held-out split."""
     tokens = text.corpus("held_out", EVALUATION_SAMPLES * context) if file is None else read_tokens(file, text.encode)
     model.check_tokens(tokens)
@@ -115,7 +110,8 @@ def quantize_checkpoint(
       name: checkpoint directory, "tinylm" or hub id.
       out: directory to write.
       config: a method config such as `GPTQ(int4(group_size=128))`.
-      calibration: file of text or token ids; None is the built-in text.
+      calibration: file of text or token ids; None is the built-in text. A method that needs no statistics is calibrated
+        only if a file is given, for the errors in the report.
       num_samples: calibration samples.
       seq_len: tokens in each, cut to the model's context.
       format: "jaxquant" or "compressed-tensors".
@@ -126,15 +122,15 @@ def quantize_checkpoint(
       ValueError, OSError: bad input; nothing is written.
     """
     pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
-    directory = find_model(name)
+    directory = pretrained.find_model(name)
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
     _check_finite(directory, params)
     recipe = model.recipe(config)
     stats = None
-    if config.needs_statistics:
-        samples = calibration_samples(model, Text(directory), calibration, num_samples, seq_len)
+    if config.needs_statistics or calibration is not None:
+        samples = calibration_samples(model, TextSource(directory), calibration, num_samples, seq_len)
         stats = calibrate(model.apply, params, batches(samples, progress), recipe=recipe)
     params, report = quantize_params(params, stats, recipe, progress=lambda *n: progress("quantizing", *n))
     pretrained.save(out, model, params, format=format, overwrite=overwrite)
@@ -172,10 +168,10 @@ def evaluate_checkpoint(
     Raises:
       ValueError, OSError: bad input.
     """
-    directory = find_model(name)
+    directory = pretrained.find_model(name)
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     context = min(context, model.config.max_position_embeddings)
-    tokens = evaluation_tokens(model, Text(directory), data, context)
+    tokens = evaluation_tokens(model, TextSource(directory), data, context)
 
     def done(n: int, total: int) -> None:
         progress("evaluating", n, total)
@@ -183,7 +179,7 @@ def evaluate_checkpoint(
     if baseline is None:
         alone = perplexity(model.apply, params, tokens, context=context, progress=done)
         return Evaluation(tokens.size, context, alone, None)
-    other, other_params = pretrained.load_pretrained(find_model(baseline), dtype="float32")
+    other, other_params = pretrained.load_pretrained(pretrained.find_model(baseline), dtype="float32")
     if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the baseline has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}; "
@@ -204,7 +200,7 @@ class Leaf(NamedTuple):
 
 def inspect_checkpoint(name: str) -> list[Leaf]:
     """The leaves of a checkpoint, as memory holds them."""
-    _, params = pretrained.load_pretrained(find_model(name))
+    _, params = pretrained.load_pretrained(pretrained.find_model(name))
     return list(_leaves(params))
 
 

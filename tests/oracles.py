@@ -1,4 +1,8 @@
-"""Slow, readable float64 NumPy versions of what jaxquant computes, written from the papers and not from its code."""
+"""Slow, readable float64 NumPy versions of what jaxquant computes, written from the papers and not from its code.
+
+One thing is the code's own: `choose` and `encode` multiply with a rounded reciprocal, as `numerics/affine.py` says, so
+that the codes can be compared exactly. `by_division` takes the textbook at its word, and knows where that matters.
+"""
 
 import numpy as np
 
@@ -37,6 +41,36 @@ def rtn(w, bits, symmetric, granularity, group_size=None, narrow_range=False, sc
     for g, c in np.ndindex(scale.shape):
         scale[g, c], zero[g, c] = choose(w[(rows == g) & (columns == c)], bits, symmetric, narrow_range, scale_dtype)
     return encode(w, scale[rows, columns], zero[rows, columns], bits, narrow_range), scale, zero
+
+
+def by_division(w, bits, symmetric, granularity, group_size=None, narrow_range=False):
+    """The textbook's x / S: codes `[K, N]`, scales and zero points `[G, N]`, and how far each quotient is from a tie.
+
+    Returns:
+      `(codes, scale, zero, margin, zero_margin)`; the margins are the distances of x / S, and of what the zero point is
+      rounded from, to the next number half way between two codes.
+    """
+    low, high = code_range(bits, narrow_range)
+    rows, columns = groups_of(w.shape, granularity, group_size)
+    codes, margin = np.zeros(w.shape), np.zeros(w.shape)
+    scale, zero, zero_margin = np.zeros((3, rows.max() + 1, columns.max() + 1))
+    for g, c in np.ndindex(scale.shape):
+        here = (rows == g) & (columns == c)
+        x = w[here].astype(np.float64)
+        if symmetric:
+            scale[g, c] = np.abs(x).max() / ((high - low) / 2)
+            offset = 0.0
+        else:
+            scale[g, c] = (max(x.max(), 0) - min(x.min(), 0)) / (high - low)
+            offset = low - min(x.min(), 0) / scale[g, c]
+        zero[g, c], zero_margin[g, c] = np.clip(np.round(offset), low, high), _from_tie(offset)
+        steps = x / scale[g, c]
+        codes[here], margin[here] = np.clip(np.round(steps) + zero[g, c], low, high), _from_tie(steps)
+    return codes, scale, zero, margin, zero_margin
+
+
+def _from_tie(x):
+    return np.abs(x - np.floor(x) - 0.5)
 
 
 def gptq(

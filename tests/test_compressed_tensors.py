@@ -17,8 +17,9 @@ from compressed_tensors.utils.match import match_name
 from safetensors.numpy import load_file, save_file
 
 from jaxquant.checkpoints import compressed_tensors as ct
-from jaxquant.checkpoints.compressed_tensors import CompressedTensors, pack, unpack, write_compressed_tensors
+from jaxquant.checkpoints.compressed_tensors import CompressedTensors, write_compressed_tensors
 from jaxquant.checkpoints.compressed_tensors_config import describe, find_spec, read_groups
+from jaxquant.checkpoints.pack_quantized import pack, unpack
 from jaxquant.checkpoints.tensors import same_bits
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import QTensor
@@ -37,15 +38,18 @@ def golden(name):
         "weight_scale": np.array(vectors["weight_scale"], np.float32).astype(BF16),
         "weight_shape": np.array(vectors["weight_shape"], np.int64),
     }
+    if not group.spec.symmetric:
+        arrays["weight_zero_point"] = np.array(vectors["weight_zero_point"], np.int32)
     return vectors, arrays, group.spec
 
 
 def read_golden(name):
     vectors, arrays, spec = golden(name)
-    return vectors, unpack(arrays["weight_packed"], arrays["weight_scale"], vectors["weight_shape"][1], spec)
+    packed = (arrays["weight_packed"], arrays["weight_scale"], arrays.get("weight_zero_point"))
+    return vectors, unpack(*packed, vectors["weight_shape"][1], spec)
 
 
-@pytest.mark.parametrize("name", ["W4A16", "W8A16"])
+@pytest.mark.parametrize("name", ["W4A16", "W8A16", "W4A16_ASYM"])
 def test_golden_files_both_ways(name):
     vectors, q = read_golden(name)
     q.validate()
@@ -73,23 +77,66 @@ def test_quantize_agrees_with_upstream_but_for_its_rounding_of_the_quotient(name
     assert error[0] < error[1]
 
 
+def random_codes(bits, k, n, symmetric=True):
+    """A QTensor `[k, n]` of random codes (and zero points) and unit scales."""
+    spec, generator = QuantSpec(bits=bits, symmetric=symmetric), np.random.default_rng(bits)
+    codes, zeros = (generator.integers(spec.min_code, spec.max_code + 1, (m, n)).astype(np.int8) for m in (k, 1))
+    scale = jnp.ones((1, n), jnp.float32)
+    return QTensor.from_codes(
+        jnp.asarray(codes), scale, None if symmetric else jnp.asarray(zeros), spec, dtype="float32"
+    )
+
+
+def unpack_like(q, packed, zero_point=None):
+    """Codes from elsewhere, with the scales and the shape of `q`."""
+    return unpack(packed, np.asarray(q.scale).T, zero_point, q.shape[0], q.spec)
+
+
+def same_leaves(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(map(same_bits, *map(jax.tree.leaves, (a, b))))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("k", [20, 96])
 def test_codes_pack_and_unpack_as_upstream(bits, k):
-    spec = QuantSpec(bits=bits)
-    codes = np.random.default_rng(bits).integers(spec.min_code, spec.max_code + 1, (k, 3)).astype(np.int8)
-    scale = np.ones((1, 3), np.float32)
-    q = QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), None, spec, dtype="float32")
-    theirs = pack_to_int32(torch.from_numpy(codes.T.copy()), bits)
-    ours = pack(q)
-    np.testing.assert_array_equal(ours["weight_packed"], theirs.numpy())
-    assert ours["weight_packed"].dtype == np.int32
-    unpacked = unpack_from_int32(torch.from_numpy(ours["weight_packed"]), bits, torch.Size([3, k]))
-    np.testing.assert_array_equal(unpacked.numpy(), codes.T)
-    again = unpack(theirs.numpy(), scale.T, k, spec)
-    again.validate()
-    assert same_bits(again.codes, codes)
-    assert same_bits(again.values, q.values)
+    q = random_codes(bits, k, 3)
+    codes = torch.from_numpy(np.asarray(q.codes).T.copy())
+    theirs, ours = pack_to_int32(codes, bits).numpy(), pack(q)
+    assert same_bits(ours["weight_packed"], theirs)
+    assert torch.equal(unpack_from_int32(torch.from_numpy(ours["weight_packed"]), bits, codes.shape), codes)
+    assert same_leaves(unpack_like(q, theirs), q)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("n", [3, 40])
+def test_zero_points_pack_and_unpack_as_upstream(bits, n):
+    q = random_codes(bits, 16, n, symmetric=False)
+    zeros = torch.from_numpy(np.asarray(q.zero_point).T.copy())
+    theirs, ours = pack_to_int32(zeros, bits, packed_dim=0).numpy(), pack(q)
+    assert same_bits(ours["weight_zero_point"], theirs)
+    again = unpack_from_int32(torch.from_numpy(ours["weight_zero_point"]), bits, zeros.shape, packed_dim=0)
+    assert torch.equal(again, zeros)
+    assert same_leaves(unpack_like(q, ours["weight_packed"], theirs), q)
+
+
+def layout_before_0_18(codes, bits):
+    """Of each row, words of as many whole codes as fit, the first in the lowest bits."""
+    rows = []
+    for row in codes.T.tolist():
+        fields, per_word = [code + 2 ** (bits - 1) for code in row], 32 // bits
+        starts = range(0, len(fields), per_word)
+        rows.append([sum(u << bits * j for j, u in enumerate(fields[i : i + per_word])) for i in starts])
+    return np.array(rows, np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("k", [32, 96])
+def test_the_layout_of_old_releases_is_read(bits, k):
+    """At 2, 4 and 8 bits the two are one, and `pack` writes it."""
+    q = random_codes(bits, k, 3)
+    old = layout_before_0_18(np.asarray(q.codes), bits)
+    assert same_bits(old, pack(q)["weight_packed"]) == (bits in (2, 4, 8))
+    assert same_leaves(unpack_like(q, old), q)
 
 
 LINEARS = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.down", "model.layers.1.down", "lm_head"]
@@ -113,7 +160,8 @@ def write(directory, tensors, hf_config=None, linears=LINEARS):
 
 
 def test_write_and_read(tmp_path):
-    tensors = model_tensors(q0=INT4, q1=INT4, down0=INT8, down1=INT8)
+    asymmetric = QuantSpec(bits=3, group_size=32, symmetric=False)
+    tensors = model_tensors(q0=INT4, q1=INT4, down0=INT8, down1=INT8, head=asymmetric)
     config = write(tmp_path, tensors, {"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": 1})
     assert config["model_type"] == "llama"
     assert config["torch_dtype"] == "float32"
@@ -130,8 +178,7 @@ def test_write_and_read(tmp_path):
     assert len(read) == len(tensors)
     assert "model.layers.0.q_proj.weight_packed" not in read
     for name, tensor in tensors.items():
-        assert jax.tree.structure(read[name]) == jax.tree.structure(tensor)
-        assert all(map(same_bits, jax.tree.leaves(read[name]), jax.tree.leaves(tensor)))
+        assert same_leaves(read[name], tensor)
 
 
 def test_one_spec_is_the_group_of_all_linears():
@@ -188,7 +235,6 @@ def bfloat16_scales(q, **fields):
 UP = "model.layers.0.q_proj.weight"
 REFUSED = {
     "nothing quantized": ({UP: np.ones((8, 64), np.float32)}, "nothing is quantized.*format='jaxquant'"),
-    "asymmetric": ({UP: weight(QuantSpec(symmetric=False))}, f"{UP}: .*asymmetric codes are not supported here yet"),
     "narrow range": ({UP: weight(QuantSpec(narrow_range=True))}, "narrow_range has no place in the format"),
     "per tensor": ({UP: weight(QuantSpec(granularity="per_tensor"))}, "granularity per_tensor is not supported"),
     "embedding": ({"model.embed.weight": weight(INT4)}, "model.embed.weight: it is quantized but no Linear"),
@@ -248,7 +294,10 @@ def damage(directory, **arrays):
         ({"weight_scale": np.zeros((8, 3), np.float32)}, r"scales \[8, 3\], which do not fit"),
         ({"weight_scale": np.zeros((8, 2), np.float64)}, r"scales of \['float32', 'float64'\]; expected one of"),
         ({"weight_scale": np.zeros((8, 2), np.float16)}, r"scales of \['float16', 'float32'\]; expected one of"),
-        ({"weight_zero_point": np.zeros((1, 2), np.int32)}, "weight_zero_point beside packed codes is not supported"),
+        (
+            {"weight_zero_point": np.zeros((1, 2), np.int32)},
+            "weight_zero_point beside symmetric codes",
+        ),
         ({"weight": np.zeros((8, 64), np.float32)}, "q_proj.weight beside packed codes is not supported"),
     ],
 )
@@ -259,10 +308,27 @@ def test_damaged_tensors_are_one_clear_error(tmp_path, arrays, message):
         CompressedTensors(tmp_path, config["quantization_config"])
 
 
-def test_the_layout_of_old_releases_is_recognized(tmp_path):
-    config = write(tmp_path, model_tensors(q0=THREE))
-    damage(tmp_path, weight_packed=np.zeros((8, 7), np.int32))  # ten codes of 3 bits in a word: 64 take 7, not 6
-    with pytest.raises(ValueError, match=r"3-bit codes in the layout of compressed-tensors before 0\.18"):
+def test_a_checkpoint_of_an_old_release_is_read(tmp_path):
+    q = weight(THREE)
+    config = write(tmp_path, {UP: q})
+    old = layout_before_0_18(np.asarray(q.codes), 3)
+    assert old.shape == (8, 7)  # ten codes in a word: 64 take 7, where the dense layout takes 6
+    damage(tmp_path, weight_packed=old)
+    assert same_leaves(CompressedTensors(tmp_path, config["quantization_config"])[UP], q)
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "message"),
+    [
+        (None, "q_proj.weight_zero_point is missing beside"),
+        (np.zeros((2, 2), np.int32), r"weight_zero_point does not fit .*; expected int32\[1, 2\]"),
+        (np.zeros((1, 2), np.int8), "weight_zero_point does not fit"),
+    ],
+)
+def test_damaged_zero_points_are_one_clear_error(tmp_path, zero_point, message):
+    config = write(tmp_path, {UP: weight(QuantSpec(bits=4, group_size=32, symmetric=False))})
+    damage(tmp_path, weight_zero_point=zero_point)
+    with pytest.raises(ValueError, match=message):
         CompressedTensors(tmp_path, config["quantization_config"])
 
 
@@ -294,7 +360,8 @@ def edit(path, value):
         (edit("....targets", "Linear"), "targets='Linear' is not supported; expected names"),
         (edit("....targets", ["re:("]), r"target 're:\(' is no regular expression"),
         (edit("....weights", None), "group_0: weights: None is not supported"),
-        (edit("....weights.symmetric", False), "weights: symmetric=False is not supported"),
+        (edit("....weights.symmetric", False), "q_proj.weight_zero_point is missing beside"),
+        (edit("....weights.symmetric", None), "weights: symmetric=None is not supported"),
         (edit("....weights.type", "float"), "weights: type='float' is not supported"),
         (edit("....weights.strategy", "tensor"), "weights: strategy='tensor' is not supported"),
         (edit("....weights.strategy", None), "weights: strategy=None is not supported"),

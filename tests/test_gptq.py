@@ -11,8 +11,10 @@ import oracles
 import pytest
 from samples import correlated, output_error, statistics_of, weights
 
+from jaxquant.methods import gptq as gptq_module
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
+from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.spec import QuantSpec, int3, int4, int8
 
 
@@ -208,15 +210,19 @@ def control_flow(jaxpr):
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_stacking_batches_no_loop_bound_and_no_branch(act_order):
-    """Only the loop over dampings decides by all matrices of a stack."""
+    """Only the loop over dampings decides by all matrices of a stack, where a stack runs at once."""
     x, w = np.stack([correlated(32, 64)] * 3), weights(3, 32, 4)
-    config, stats = GPTQ(int4(group_size=16), act_order=act_order), statistics_of(x)
-    one = control_flow(jax.make_jaxpr(config.quantize)(w[0], jax.tree.map(lambda a: a[0], stats)))
-    stack = control_flow(jax.make_jaxpr(jax.vmap(config.quantize))(w, stats))
+    solve = functools.partial(gptq_module._gptq, GPTQ(int4(group_size=16), act_order=act_order))
+    gram = statistics_of(x).gram
+    one = control_flow(jax.make_jaxpr(solve)(w[0], gram[0]))
+    stack = control_flow(jax.make_jaxpr(jax.vmap(solve))(w, gram))
     assert one["cond", ()] >= int(not act_order)
     one.subtract([("while", ())])
     one.update([("while", (3,))])
     assert stack == one
+    at_once, _ = jax.vmap(solve)(w, gram)
+    in_turn, _ = jax.vmap(one_by_one_on_cpu(solve))(w, gram)
+    assert np.mean(at_once.codes == in_turn.codes) > 0.98
 
 
 @pytest.mark.parametrize(

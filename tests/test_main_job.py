@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxquant import cli, workflows
+from jaxquant.models import TINYLM
 
 CONTEXT = 256
 
@@ -16,7 +17,7 @@ CONTEXT = 256
 def folder(tmp_path_factory):
     """Token files made with the packaged tokenizer."""
     folder = tmp_path_factory.mktemp("main")
-    text = workflows.Text(workflows.TINYLM)
+    text = workflows.TextSource("tinylm")
     np.save(folder / "tokens.npy", text.corpus("train", 64 * CONTEXT).reshape(64, CONTEXT))
     np.save(folder / "held.npy", text.corpus("held_out", 24 * CONTEXT))
     return folder
@@ -60,6 +61,6 @@ def test_gptq_checkpoint_has_the_same_perplexity_in_transformers_and_beats_rtn(f
 
 def test_the_float_model_is_the_same_in_transformers(folder, capsys):
     found = run(capsys, "evaluate", "tinylm", "--data", folder / "held.npy", "--context", CONTEXT, "--json")
-    theirs = loss_in_transformers(workflows.TINYLM, np.load(folder / "held.npy"))
+    theirs = loss_in_transformers(TINYLM, np.load(folder / "held.npy"))
     assert math.log(found["perplexity"]) == pytest.approx(theirs, rel=1e-5)
-    assert theirs < 4.0  # it has learned something: a uniform guess over the vocabulary is 8.3
+    assert theirs < 3.0  # it has learned something: a uniform guess over the vocabulary is 8.3

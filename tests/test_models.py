@@ -212,8 +212,6 @@ def test_writing_refuses_foreign_parameters():
         ({"architectures": None}, r"architectures=None is not supported"),
         ({"model_type": "mistral"}, r"model_type='mistral' is not supported.*model_type='llama' only"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported.*hidden_act='silu' only"),
-        ({"attention_bias": True}, r"attention_bias=True is not supported"),
-        ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
         ({"pretraining_tp": 2}, r"pretraining_tp=2 is not supported"),
         ({"sliding_window": 4096}, r"sliding_window=4096 is not supported"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 is not supported"),

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import CASES, E
 
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec, int4, int8
+from jaxquant.numerics.statistics import InputStatistics
+from jaxquant.transforms import jobs
 from jaxquant.transforms import quantize as module
-from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.calibrate import ProductStatistics, Statistics, calibrate
 from jaxquant.transforms.quantize import quantize_params
 
 K, N, LAYERS = 32, 24, 3
@@ -70,7 +73,7 @@ def test_equal_shapes_run_in_one_program_however_they_are_cut(given, monkeypatch
     assert len(traced) == 2  # [K, N] and [N, K]
     module._run.clear_cache()
     traced.clear()
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 4 * K * (K + N))  # 4 at once, of 5 or more
+    monkeypatch.setattr(jobs, "CHUNK_BYTES", 4 * 4 * K * (K + N))  # 4 at once, of 5 or more
     cut, _ = quantize_params(params, stats, config)
     assert len(traced) == 2
     for a, b in zip(leaves(whole), leaves(cut), strict=True):
@@ -190,3 +193,137 @@ def test_a_use_that_cannot_be_followed_is_in_the_report():
     stats = calibrate(lambda p, x: (x @ p["w"], jnp.sum(p["w"] * 2)), params, [normal(2, 64, K)])
     _, report = quantize_params(params, stats, RTN(int8()))
     assert "`mul`" in report.notes["w"]
+
+
+# ---------------------------------------------------------------------------------------------------- shapes and leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(RTN):
+    """Rounds what depends on the statistics of each input; as a kind of RTN, it never falls back."""
+
+    def quantize(self, w, stats=None):
+        scale = 1.0 if stats is None else jnp.sqrt(jnp.diagonal(stats.gram)) + stats.gram[0] + stats.absmax
+        return RTN(self.spec).quantize(w * jnp.reshape(scale, (-1, 1)), None)
+
+
+def statistics_of(k, *lead, tokens=200):
+    """Statistics of correlated random inputs, some of them held out."""
+    x = np.random.default_rng(k).normal(size=(*lead, tokens, k)) @ np.random.default_rng(1).normal(size=(k, k))
+    x = jnp.asarray(x, jnp.float32)
+    kept, held = x[..., :-20, :], x[..., -20:, :]
+    gram = jnp.einsum("...ti,...tj->...ij", kept, kept) / kept.shape[-2]
+    size, count = jnp.abs(kept), jnp.full(lead, kept.shape[-2], jnp.float32)
+    return InputStatistics(gram, jnp.max(size, -2), jnp.mean(size, -2), count, jnp.zeros(lead), held)
+
+
+@pytest.mark.parametrize(
+    ("shape", "contract", "out"),
+    [
+        ((K, 4, 6), (0,), (1, 2)),  # DenseGeneral to heads
+        ((4, 8, N), (0, 1), (2,)),  # and from heads
+        ((N, K), (1,), (0,)),  # as PyTorch stores it
+        ((K, 3, N), (0,), (2,)),  # layers in the middle
+        ((2, K, 3, N), (1,), (3,)),  # layers and experts
+        ((4, 2, 8, N), (0, 2), (3,)),
+        ((K, 1), (0,), (1,)),
+        ((K, N, 1), (0,), (1,)),
+        ((K,) * 2, (0,), ()),
+    ],
+)
+@pytest.mark.parametrize("config", [Weighted(int4(group_size=8)), Weighted(int4(granularity="per_tensor"))])
+def test_any_axes_give_what_the_flattened_matrix_gives(shape, contract, out, config):
+    w = normal(3, *shape)
+    lead = tuple(n for a, n in enumerate(shape) if a not in contract + out)
+    inputs = statistics_of(K, *lead)
+    stats = Statistics({"w": ProductStatistics(contract, out, inputs)}, frozenset(), ())
+    tree, report = quantize_params({"w": w}, stats, config)
+    tree["w"].validate()
+    assert tree["w"].shape == shape
+    order = [a for a in range(len(shape)) if a not in contract + out] + [*contract, *out]
+    flat = np.transpose(w, order).reshape(*lead, K, -1)
+    got = np.transpose(dequantize(tree["w"]), order).reshape(*lead, K, -1)
+    for i, at in enumerate(np.ndindex(lead)):
+        alone, _ = config.quantize(jnp.asarray(flat[at]), jax.tree.map(lambda a, at=at: a[at], inputs))
+        np.testing.assert_allclose(got[at], dequantize(alone), rtol=1e-6)
+        assert (report.layers[i].index, report.layers[i].shape) == (at, (K, flat.shape[-1]))
+
+
+def test_other_leaves_are_the_same_objects():
+    case = CASES["leaves_of_every_kind"]
+    params = case.params()
+    stats = calibrate(case.apply, params, case.batches())
+    tree, report = quantize_params(params, stats, RTN(int4()))
+    for path in ("unused", "steps", "flag", "key", "scalar", "number", "empty"):
+        assert tree[path] is params[path]
+        assert path in report.unchanged
+    assert tree["none"] is None
+    assert is_qtensor(tree["w"])
+    assert is_qtensor(tree["numpy"])  # an array of NumPy's
+    json.loads(report.to_json())
+    without, report = quantize_params(params, None, RTN(int4()))
+    assert {path for path in without if is_qtensor(without[path])} == {"w", "unused", "numpy"}
+    assert report.layers[0].tokens is report.layers[0].error is None
+
+
+def test_an_expert_without_tokens_is_rounded_and_reported():
+    case = CASES["experts_ragged"]
+    params = case.params()
+    stats = calibrate(case.apply, params, case.batches())
+    tree, report = quantize_params(params, stats, GPTQ(int4(group_size=8)))
+    last = [layer for layer in report.layers if layer.index == (E - 1,)]
+    assert [(layer.name, layer.fallback, layer.tokens) for layer in last] == [
+        (f"down[{E - 1}]", "no calibration tokens", 0),
+        (f"up[{E - 1}]", "no calibration tokens", 0),
+    ]
+    nearest = quantize(params["up"][E - 1], int4(group_size=8))
+    np.testing.assert_array_equal(dequantize(tree["up"])[E - 1], dequantize(nearest))
+    assert all(layer.tokens > 0 for layer in report.layers if layer.index != (E - 1,))
+
+
+def test_a_tied_embedding_is_quantized_along_its_products_axis():
+    case = CASES["tied_embedding"]
+    stats = calibrate(case.apply, case.params(), case.batches())
+    tree, _ = quantize_params(case.params(), stats, GPTQ(int4(group_size=8)))
+    assert (tree["embedding"].contract, tree["embedding"].out) == ((-1,), (-2,))
+
+
+def test_weights_keep_their_dtype_and_scales_have_it():
+    params = {"w": normal(1, K, N).astype(jnp.bfloat16)}
+    stats = calibrate(lambda p, x: x @ p["w"], params, [normal(2, 64, K).astype(jnp.bfloat16)])
+    tree, _ = quantize_params(params, stats, GPTQ(int4(group_size=8)))
+    assert (tree["w"].dtype, tree["w"].scale.dtype) == ("bfloat16", jnp.bfloat16)
+
+
+def test_progress_counts_matrices(given):
+    calls = []
+    quantize_params(*given, RTN(int8()), progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(5, 10), (10, 10)]
+
+
+def test_statistics_of_another_tree_are_refused(given):
+    params, stats = given
+    other = {**params, "stack": {"in": normal(1, LAYERS + 1, K, N), "out": params["stack"]["out"]}}
+    with pytest.raises(ValueError, match=r"'stack/in': its statistics are for .* calibrate with the tree"):
+        quantize_params(other, stats, RTN(int8()))
+
+
+def test_a_group_size_that_does_not_fit_names_those_that_do(given):
+    message = "'list/0/back': group_size=16 does not divide the contracting dimension 24; choose one of 24, or"
+    with pytest.raises(ValueError, match=message):
+        quantize_params(*given, RTN(int4(group_size=16)))
+
+
+def test_no_work_is_done_before_all_is_checked(given, monkeypatch):
+    params, stats = given
+    monkeypatch.setattr(module, "_run", None)
+    broken = {**params, "stack": {**params["stack"], "out": params["stack"]["out"].at[0, 0, 0].set(jnp.inf)}}
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_params(broken, stats, RTN(int8()))
+
+
+def test_without_statistics_a_bare_config_passes_over_what_is_named_otherwise():
+    names = ("layers/norm/g", "pos_embedding", "mlp/bias", "mlp/gamma", "mlp/kernel", "up")
+    params = {name: normal(i, 3, 32) for i, name in enumerate(names)}
+    _, report = quantize_params(params, None, RTN(int8()))
+    assert {layer.path for layer in report.layers} == {"mlp/kernel", "up"}

@@ -1,22 +1,13 @@
 """compressed-tensors' `pack-quantized`: integer weights as vLLM and transformers read them.
 
-A Linear `[out, in]` = (N, K) with b-bit codes stores, in place of its `weight`,
+The arrays of each weight are described in `pack_quantized`; `quantization_config` in config.json says which modules
+have which bits and groups.
 
-    weight_packed  int32 [N, ceil(K·b / 32)]: per row, the codes + 2^(b-1) as a dense little-endian bitstream along K
-    weight_scale   [N, K / group_size], or [N, 1] per channel, in the model's dtype
-    weight_shape   int64 [2], (N, K)
-
-and `quantization_config` in config.json says which modules have which bits and groups. Source: compressed-tensors 0.20,
-compressors/pack_quantized. Since its release 0.18 the stream is dense at 3, 5, 6 and 7 bits too; before, a word held
-only whole codes. The dense layout is written; the older one is recognized by its width and refused.
-
-Only what the format can say is written: symmetric codes in the full range, one matrix per Linear, scales in the dtype
+Only what the format can say is written: codes in the full range, one matrix per Linear, scales in the dtype
 of the model (readers cast them to it).
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +18,11 @@ import numpy as np
 from jaxquant.checkpoints.compressed_tensors_config import check_spec, describe, find_spec, read_groups
 from jaxquant.checkpoints.huggingface import CONFIG
 from jaxquant.checkpoints.json_file import write_json
+from jaxquant.checkpoints.pack_quantized import PARTS, old_words, pack, unpack, words
 from jaxquant.checkpoints.tensors import Tensors, same_bits, write_tensors
-from jaxquant.numerics.packing import pack_bits, packed_size, unpack_bits
-from jaxquant.numerics.qtensor import PACKED_BITS, QTensor, is_qtensor
-from jaxquant.numerics.spec import QuantSpec
+from jaxquant.numerics.qtensor import QTensor, is_qtensor
 
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
-_PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
 def write_compressed_tensors(
@@ -66,43 +55,8 @@ def write_compressed_tensors(
     read = CompressedTensors(directory, quantization_config)
     for module, q in quantized.items():
         again = read[f"{module}.weight"]
-        if not same_bits(again.values, q.values) or not same_bits(again.scale, q.scale):
+        if not all(same_bits(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True)):
             raise OSError(f"{directory}: {module} reads back differently from what was written; check the disk")
-
-
-def pack(q: QTensor) -> dict[str, np.ndarray]:
-    """A QTensor `[K, N]` as the three arrays of the format."""
-    k, n = q.shape
-    rows = np.asarray(q.values).T if q.spec.bits <= PACKED_BITS else np.asarray(_pack_rows(q))
-    rows = np.ascontiguousarray(_resized(rows, 4 * _words(k, q.spec.bits)))
-    return {
-        "weight_packed": rows.view("<i4"),
-        "weight_scale": np.ascontiguousarray(np.asarray(q.scale).T),
-        "weight_shape": np.array([n, k], np.int64),
-    }
-
-
-def unpack(packed: np.ndarray, scale: np.ndarray, k: int, spec: QuantSpec) -> QTensor:
-    """The QTensor `[k, N]` of `weight_packed` and `weight_scale`: the inverse of `pack`, with the scale's dtype."""
-    rows = _resized(np.ascontiguousarray(packed).view(np.uint8), packed_size(k, spec.bits))
-    scales = jnp.asarray(scale.T)
-    if spec.bits <= PACKED_BITS:
-        return QTensor(jnp.asarray(rows.T), scales, None, spec, scale.dtype.name, (-2,), (-1,), (k,))
-    return _unpack_rows(jnp.asarray(rows), scales, k, spec)
-
-
-@jax.jit
-def _pack_rows(q: QTensor) -> jax.Array:
-    """The streams of codes that are not stored as one, uint8 `[N, packed_size(K)]`."""
-    return pack_bits(q.unsigned_codes.T, q.spec.bits, 1)
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _unpack_rows(rows: jax.Array, scales: jax.Array, k: int, spec: QuantSpec) -> QTensor:
-    """The inverse of `_pack_rows`."""
-    unsigned = unpack_bits(rows, spec.bits, k, 1).T
-    codes = (unsigned.astype(jnp.int16) - jnp.int16(2 ** (spec.bits - 1))).astype(jnp.int8)
-    return QTensor.from_codes(codes, scales, None, spec, dtype=scales.dtype)
 
 
 class CompressedTensors(Mapping[str, Any]):
@@ -126,7 +80,7 @@ class CompressedTensors(Mapping[str, Any]):
             module, _, part = name.rpartition(".")
             if module not in modules or part == "bias":
                 self._plain.add(name)
-            elif part not in _PARTS:
+            elif part not in PARTS:
                 raise ValueError(f"{directory}: {name} beside packed codes is not supported")
         self.specs = {f"{module}.weight": find_spec(module, groups) for module in sorted(modules)}
         self._in_features = {name: self._check(name) for name in self.specs}
@@ -138,7 +92,9 @@ class CompressedTensors(Mapping[str, Any]):
         if name in self._plain:
             return self._tensors[name]
         spec = self.specs[name]
-        return unpack(self._tensors[f"{name}_packed"], self._tensors[f"{name}_scale"], self._in_features[name], spec)
+        zero_point = None if spec.symmetric else self._tensors[f"{name}_zero_point"]
+        packed, scale = self._tensors[f"{name}_packed"], self._tensors[f"{name}_scale"]
+        return unpack(packed, scale, zero_point, self._in_features[name], spec)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._plain
@@ -148,24 +104,27 @@ class CompressedTensors(Mapping[str, Any]):
         return len(self._plain) + len(self.specs)
 
     def _check(self, name: str) -> int:
-        """Compares the three tensors of a weight with its spec; returns its input features."""
-        missing = [f"{name}_{part}" for part in ("scale", "shape") if f"{name}_{part}" not in self._tensors]
+        """Compares the tensors of a weight with its spec; returns its input features."""
+        spec = self.specs[name]
+        parts = ("scale", "shape") if spec.symmetric else ("scale", "shape", "zero_point")
+        missing = [f"{name}_{part}" for part in parts if f"{name}_{part}" not in self._tensors]
         if missing:
             raise ValueError(f"{missing[0]} is missing beside {name}_packed; download or write the checkpoint again")
+        if spec.symmetric and f"{name}_zero_point" in self._tensors:
+            raise ValueError(f"{name}_zero_point beside symmetric codes is not supported")
         n, k = _matrix_shape(name, self._tensors[f"{name}_shape"])
-        bits = self.specs[name].bits
+        groups = spec.num_groups(k)
         dtype, packed = self._tensors.layout(f"{name}_packed")
         _, scale = self._tensors.layout(f"{name}_scale")
-        if bits in (3, 5, 6, 7) and packed == (n, -(-k // (32 // bits))) != (n, _words(k, bits)):
-            raise ValueError(
-                f"{name} has {bits}-bit codes in the layout of compressed-tensors before 0.18, which is not read; "
-                "load and save it with a newer release"
-            )
-        if dtype != "int32" or packed != (n, _words(k, bits)) or scale != (n, self.specs[name].num_groups(k)):
+        widths = {words(k, spec.bits), old_words(k, spec.bits)}
+        if dtype != "int32" or packed not in {(n, width) for width in widths} or scale != (n, groups):
             raise ValueError(
                 f"{name} of {n} x {k} has packed codes {dtype}{list(packed)} and scales {list(scale)}, "
-                f"which do not fit {self.specs[name]}"
+                f"which do not fit {spec}"
             )
+        zeros = ("int32", (words(n, spec.bits), groups))
+        if not spec.symmetric and self._tensors.layout(f"{name}_zero_point") != zeros:
+            raise ValueError(f"{name}_zero_point does not fit {spec}; expected {zeros[0]}{list(zeros[1])}")
         return k
 
 
@@ -204,20 +163,10 @@ def _check_qtensor(q: QTensor) -> None:
             f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so "
             f"both must be the same one of {', '.join(MODEL_DTYPES)}"
         )
-    if len(jax.tree.leaves(q)) > 2:
+    if len(jax.tree.leaves(q)) > 2 + (q.zero_point is not None):
         raise ValueError("it holds more than codes and scales, which the format has no place for")
 
 
 def _check_array(array: Any) -> None:
     if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.name not in MODEL_DTYPES:
         raise ValueError(f"it is {array.dtype}; cast it to one of {', '.join(MODEL_DTYPES)}")
-
-
-def _words(k: int, bits: int) -> int:
-    return math.ceil(k * bits / 32)
-
-
-def _resized(rows: np.ndarray, width: int) -> np.ndarray:
-    """Cuts off or appends zero bytes: the two paddings of a stream, to whole words and to eight codes."""
-    rows = rows[:, :width]
-    return np.pad(rows, [(0, 0), (0, width - rows.shape[1])])

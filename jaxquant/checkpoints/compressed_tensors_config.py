@@ -39,7 +39,7 @@ _GROUP: Understood = {
 _WEIGHTS: Understood = {
     "num_bits": None,
     "type": ("int",),
-    "symmetric": (True,),
+    "symmetric": (True, False),
     "strategy": ("channel", "group"),
     "group_size": None,
     "dynamic": (False,),
@@ -48,7 +48,7 @@ _WEIGHTS: Understood = {
     "actorder": (None, "weight", "static"),  # the order of calibration, which leaves no trace in the tensors
     "observer": None,  # how the scales were found
     "observer_kwargs": None,
-    "zp_dtype": None,  # symmetric weights have no zero points
+    "zp_dtype": None,  # they are stored as codes, in the width of the codes
 }
 
 
@@ -62,9 +62,7 @@ class Group(NamedTuple):
 def check_spec(spec: QuantSpec) -> None:
     """Raises ValueError, with the reason, for codes that the format cannot express or that are not written yet."""
     reason = None
-    if not spec.symmetric:
-        reason = "asymmetric codes are not supported here yet; use symmetric=True"
-    elif spec.narrow_range:
+    if spec.narrow_range:
         reason = "narrow_range has no place in the format; use the full range"
     elif spec.granularity not in ("per_channel", "per_group"):
         reason = f"granularity {spec.granularity} is not supported; use per_channel or a group_size"
@@ -73,7 +71,7 @@ def check_spec(spec: QuantSpec) -> None:
 
 
 def describe(specs: Mapping[str, QuantSpec], linears: Collection[str]) -> dict[str, Any]:
-    """The `quantization_config` for quantized modules (name -> symmetric spec) among all Linear modules of a model."""
+    """The `quantization_config` for quantized modules (name -> spec) among all Linear modules of a model."""
     groups = [_describe_group(spec, _targets(spec, specs)) for spec in dict.fromkeys(specs.values())]
     return {
         "quant_method": METHOD,
@@ -116,7 +114,7 @@ def _describe_group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": spec.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": spec.symmetric,
         "strategy": "channel" if spec.group_size is None else "group",
         "group_size": spec.group_size,
         "dynamic": False,
@@ -153,7 +151,8 @@ def _read_group(where: str, group: Any) -> Group:
         raise ValueError(f"{where}: strategy={strategy!r} with group_size={group_size!r} is not supported")
     group_size = None if strategy == "channel" else group_size
     try:
-        return Group(targets, QuantSpec(bits=weights.get("num_bits"), group_size=group_size))
+        symmetric = weights.get("symmetric", True)  # left out, it is upstream's default
+        return Group(targets, QuantSpec(bits=weights.get("num_bits"), group_size=group_size, symmetric=symmetric))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -1,7 +1,6 @@
 """JSON files: small, hand-editable and untrusted."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON object, indented."""
-    path.write_text(json.dumps(value, indent=2) + os.linesep, encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _without_duplicates(pairs):

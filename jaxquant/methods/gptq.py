@@ -27,6 +27,7 @@ Differences from the original code:
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -36,6 +37,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from jaxquant.numerics.affine import choose_qparams, decode, encode
+from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.linalg import damped_udu
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec, check_weight_spec
@@ -97,6 +99,10 @@ def gptq(w: jax.Array, stats: InputStatistics | None, config: GPTQ) -> tuple[QTe
       TypeError: w is not floating.
     """
     gram = _checked_gram(w, stats, config.spec)
+    return one_by_one_on_cpu(functools.partial(_gptq, config))(w, gram)
+
+
+def _gptq(config: GPTQ, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[str, jax.Array]]:
     k, block = w.shape[0], _block_rows(config)
     pad = (0, -k % block)  # rows of padding are channels that saw no input: nothing couples to them
     rows, gram = jnp.pad(w.astype(gram.dtype), (pad, (0, 0))), jnp.pad(gram, (pad, pad))

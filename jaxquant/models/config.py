@@ -10,18 +10,23 @@ from typing import Any
 
 from jaxquant.models.family import Family
 from jaxquant.models.llama import LLAMA
+from jaxquant.models.mistral import MISTRAL
+from jaxquant.models.qwen2 import QWEN2
+from jaxquant.models.qwen3 import QWEN3
 from jaxquant.models.rope import LinearScaling, Llama3Scaling, RopeScaling
 
-FAMILIES = {family.architecture: family for family in (LLAMA,)}
+FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shapes and constants of a decoder; hashable, so it can be a static argument and a cache key.
 
+    `qkv_bias`, `o_bias` and `mlp_bias` say which linear layers have a bias, `qk_norm` whether queries and keys are
+    normalized. `windows` has an entry per layer: how many positions one sees, itself included, or None for all.
     `architecture` names the family, which says what its tensors are called. Raises ValueError when the numbers do not
-    fit together: `num_kv_heads` must divide `num_heads`, and `head_dim` be even (its halves are rotated against each
-    other).
+    fit together: `num_kv_heads` must divide `num_heads`, `head_dim` be even (its halves are rotated against each
+    other), and a window see at least its own position.
     """
 
     vocab_size: int
@@ -36,6 +41,11 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
     architecture: str
 
     def __post_init__(self):
@@ -43,9 +53,11 @@ class DecoderConfig:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, but rotary embedding needs two equal halves")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows={self.windows}: a window of less than one position sees nothing")
 
 
-# Hugging Face's keys that hold a field's value, with the default that transformers has for them.
+# Hugging Face's keys that hold a field's value.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -54,34 +66,37 @@ _REQUIRED = {
     "num_attention_heads": "num_heads",
 }
 _OPTIONAL = {
-    "max_position_embeddings": ("max_position_embeddings", 2048),
-    "rms_norm_eps": ("norm_eps", 1e-6),
-    "tie_word_embeddings": ("tie_embeddings", False),
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
 }
-_DERIVED = {"num_key_value_heads", "head_dim"}
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
-_DEFAULT_THETA = 10000.0
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # Hugging Face's words in `layer_types`
 
 
 def from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
     """Returns the decoder that a Hugging Face config.json (as a dict) describes.
 
-    Reads `LlamaForCausalLM`, with the rotary embedding in the words of transformers 4 (`rope_theta`, `rope_scaling`)
-    or 5 (`rope_parameters`). Raises ValueError for another architecture, for a missing key, and for any key whose
+    Reads the architectures of `FAMILIES`, in the words of transformers 4 (`rope_theta`, `rope_scaling`,
+    `max_window_layers`) or 5 (`rope_parameters`, `layer_types`); a missing key has the value that transformers takes
+    for it. Raises ValueError for another architecture, for a missing key without such a value, and for any key whose
     value this decoder does not compute or whose meaning it does not know.
     """
     family = _family(hf_config)
     _refuse_unsupported(hf_config, family)
-    fields = {field: hf_config[key] for key, field in _REQUIRED.items()}
-    fields |= {field: hf_config.get(key, default) for key, (field, default) in _OPTIONAL.items()}
+    settings = {**family.defaults, **hf_config}
+    fields = {field: settings[key] for key, field in (_REQUIRED | _OPTIONAL).items()}
+    parts = {field: settings[part] if isinstance(part, str) else part for field, part in family.parts.items()}
     heads = fields["num_heads"]
-    theta, scaling = _rope(hf_config)
+    theta, scaling = _rope(hf_config, family.defaults["rope_theta"])
     return DecoderConfig(
         **fields,
-        num_kv_heads=_unless_null(hf_config.get("num_key_value_heads"), heads),
-        head_dim=_unless_null(hf_config.get("head_dim"), fields["hidden_size"] // heads),
+        **parts,
+        num_kv_heads=_unless_null(settings["num_key_value_heads"], heads),
+        head_dim=_unless_null(settings["head_dim"], fields["hidden_size"] // heads),
         rope_theta=theta,
         rope_scaling=scaling,
+        windows=_windows(settings),
         architecture=family.architecture,
     )
 
@@ -101,7 +116,7 @@ def _refuse_unsupported(hf_config: Mapping[str, Any], family: Family) -> None:
     missing = sorted(_REQUIRED.keys() - hf_config.keys())
     if missing:
         raise ValueError(f"config.json: {missing} missing; {family.architecture} needs {sorted(_REQUIRED)}")
-    known = _REQUIRED.keys() | _OPTIONAL.keys() | _DERIVED | _ROPE | family.harmless
+    known = _REQUIRED.keys() | family.defaults.keys() | _ROPE | family.harmless
     for key, value in hf_config.items():
         if key in family.fixed:
             if value != family.fixed[key]:
@@ -116,7 +131,27 @@ def _refuse_unsupported(hf_config: Mapping[str, Any], family: Family) -> None:
             )
 
 
-def _rope(hf_config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _windows(settings: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The window of each layer, from `layer_types` or, where a checkpoint is older, from `max_window_layers`."""
+    layers, types = settings["num_hidden_layers"], settings.get("layer_types")
+    window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
+    if types is None:
+        first = settings.get("max_window_layers", 0)
+        return tuple(window if layer >= first else None for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= {_FULL, _SLIDING}:
+        raise ValueError(
+            f"config.json: layer_types={types!r} is not supported; supported: a list of num_hidden_layers={layers} "
+            f"entries that are {_FULL!r} or {_SLIDING!r}"
+        )
+    if _SLIDING in types and window is None:
+        raise ValueError(
+            f"config.json: layer_types has {_SLIDING!r}, but there is no window; needed are use_sliding_window=True "
+            "and a number for sliding_window"
+        )
+    return tuple(window if kind == _SLIDING else None for kind in types)
+
+
+def _rope(hf_config: Mapping[str, Any], default_theta: float) -> tuple[float, RopeScaling | None]:
     """The base and the scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
     old = _rope_settings(hf_config.get("rope_scaling"))
     if hf_config.get("rope_theta") is not None:
@@ -125,7 +160,7 @@ def _rope(hf_config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if new and any(new.get(key) != value for key, value in old.items()):
         raise ValueError(f"config.json: rope_parameters={new} contradicts rope_theta and rope_scaling, {old}")
     settings = new or old
-    theta = settings.pop("rope_theta", _DEFAULT_THETA)
+    theta = settings.pop("rope_theta", default_theta)
     return float(theta), _scaling(settings.pop("rope_type", "default"), settings)
 
 

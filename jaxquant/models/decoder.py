@@ -2,6 +2,7 @@
 
 A layer's parameters have a leading layer axis (`layers/mlp/down_proj/kernel` is `[layers, in, out]`), so the program
 does not grow with the depth and a quantization method can be `vmap`ped over the layers. Names follow Hugging Face.
+What a family has beyond the others (biases, norms of queries and keys, windows) is switched on by the configuration.
 The operations are plain ones (products, a scan, a gather): nothing here knows about quantization.
 
 Norms, rotary embedding, softmax and logits are computed in float32, everything else in the module's `dtype`.
@@ -17,6 +18,10 @@ from jaxquant.models.config import DecoderConfig
 from jaxquant.models.rope import rope_tables, rotate
 
 _INIT = nn.initializers.normal(0.02)
+
+
+def _dense(name: str, features: int, dtype: jnp.dtype, bias: bool = False) -> nn.Dense:
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=_INIT, name=name)
 
 
 class RMSNorm(nn.Module):
@@ -41,33 +46,41 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Maps `x` `[batch, time, hidden]` to the same shape; `cos` and `sin` are `[time, head_dim / 2]`."""
+    def __call__(self, x: jax.Array, window: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """Maps `x` `[batch, time, hidden]` to the same shape.
+
+        `window` is that of `causal_attention`, `cos` and `sin` are `[time, head_dim / 2]`.
+        """
         config = self.config
-        query = rotate(self._heads("q_proj", config.num_heads, x), cos, sin)
-        key = rotate(self._heads("k_proj", config.num_kv_heads, x), cos, sin)
+        query = self._heads("q_proj", config.num_heads, x)
+        key = self._heads("k_proj", config.num_kv_heads, x)
         value = self._heads("v_proj", config.num_kv_heads, x)
-        mixed = causal_attention(query, key, value)
+        if config.qk_norm:
+            query = RMSNorm(config.norm_eps, self.dtype, name="q_norm")(query)
+            key = RMSNorm(config.norm_eps, self.dtype, name="k_norm")(key)
+        mixed = causal_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, window)
         mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
-        return nn.Dense(config.hidden_size, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="o_proj")(mixed)
+        return _dense("o_proj", config.hidden_size, self.dtype, config.o_bias)(mixed)
 
     def _heads(self, name: str, heads: int, x: jax.Array) -> jax.Array:
-        width = heads * self.config.head_dim
-        projected = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name=name)(x)
+        projected = _dense(name, heads * self.config.head_dim, self.dtype, self.config.qkv_bias)(x)
         return projected.reshape(*x.shape[:-1], heads, self.config.head_dim)
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attends to the present and the past.
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, window: jax.Array) -> jax.Array:
+    """Attends to the present and the past, as far back as the window reaches.
 
     `query` is `[batch, time, heads, head_dim]`, `key` and `value` `[batch, time, kv_heads, head_dim]` where `kv_heads`
-    divides `heads`. Returns the shape and dtype of `query`.
+    divides `heads`; `window`, int32 `[]`, is how many positions one sees, itself included. Returns the shape and dtype
+    of `query`.
     """
     batch, time, heads, head_dim = query.shape
     grouped = query.reshape(batch, time, key.shape[2], heads // key.shape[2], head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    past = jnp.tril(jnp.ones((time, time), dtype=bool))
-    weights = jax.nn.softmax(jnp.where(past, scores / math.sqrt(head_dim), -jnp.inf), axis=-1)
+    positions = jnp.arange(time, dtype=jnp.int32)
+    distance = positions[:, None] - positions
+    seen = (distance >= 0) & (distance < window)
+    weights = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(head_dim), -jnp.inf), axis=-1)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(query.dtype), value)
     return mixed.reshape(query.shape)
 
@@ -86,7 +99,7 @@ class MLP(nn.Module):
         return self._dense("down_proj", self.config.hidden_size)(nn.silu(gate) * up)
 
     def _dense(self, name: str, features: int) -> nn.Dense:
-        return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name=name)
+        return _dense(name, features, self.dtype, self.config.mlp_bias)
 
 
 class DecoderLayer(nn.Module):
@@ -96,9 +109,10 @@ class DecoderLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, window: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
         """Maps `x` `[batch, time, hidden]` to `(x, None)`, the carry and the empty output of a scan."""
-        x = x + Attention(self.config, self.dtype, name="self_attn")(self._norm("input_layernorm")(x), cos, sin)
+        attention = Attention(self.config, self.dtype, name="self_attn")
+        x = x + attention(self._norm("input_layernorm")(x), window, cos, sin)
         x = x + MLP(self.config, self.dtype, name="mlp")(self._norm("post_attention_layernorm")(x))
         return x, None
 
@@ -119,19 +133,19 @@ class Decoder(nn.Module):
         embed = nn.Embed(
             config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=_INIT, name="embed_tokens"
         )
-        tables = rope_tables(tokens.shape[-1], config.head_dim, config.rope_theta, config.rope_scaling)
+        time = tokens.shape[-1]
+        tables = rope_tables(time, config.head_dim, config.rope_theta, config.rope_scaling)
+        # a layer without a window sees all positions, so that one program serves layers of both kinds
+        windows = jnp.array([time if window is None else min(window, time) for window in config.windows], jnp.int32)
         layers = nn.scan(
             DecoderLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             check_constancy_invariants=False,  # an extra trace, for a feature that is not used
         )
-        x, _ = layers(config, self.dtype, name="layers")(embed(tokens), *tables)
+        x, _ = layers(config, self.dtype, name="layers")(embed(tokens), windows, *tables)
         x = RMSNorm(config.norm_eps, self.dtype, name="norm")(x)
-        if config.tie_embeddings:
-            logits = embed.attend(x)
-        else:
-            logits = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name="lm_head")(x)
-        return logits.astype(jnp.float32)
+        head = embed.attend if config.tie_embeddings else _dense("lm_head", config.vocab_size, self.dtype)
+        return head(x).astype(jnp.float32)

@@ -1,7 +1,12 @@
-"""What sets one family of checkpoints apart: names and constants, never code."""
+"""What sets one family of checkpoints apart: names and constants, never code.
+
+All families are the same decoder with parts switched on or off, and transformers gives a part the same name in each of
+them. So there is one list of names, and the few keys of config.json that all of them understand are here too.
+"""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +27,88 @@ class TensorName:
         return "{layer}" in self.name
 
 
+def _linear(module: str) -> tuple[TensorName, TensorName]:
+    path, name = f"layers/{module.replace('.', '/')}", f"model.layers.{{layer}}.{module}"
+    return TensorName(f"{path}/kernel", f"{name}.weight", True), TensorName(f"{path}/bias", f"{name}.bias", False)
+
+
+def _norm(module: str) -> TensorName:
+    return TensorName(f"layers/{module.replace('.', '/')}/scale", f"model.layers.{{layer}}.{module}.weight", False)
+
+
+_TENSORS = (
+    TensorName("embed_tokens/embedding", "model.embed_tokens.weight", False),
+    _norm("input_layernorm"),
+    *_linear("self_attn.q_proj"),
+    *_linear("self_attn.k_proj"),
+    *_linear("self_attn.v_proj"),
+    *_linear("self_attn.o_proj"),
+    _norm("self_attn.q_norm"),
+    _norm("self_attn.k_norm"),
+    _norm("post_attention_layernorm"),
+    *_linear("mlp.gate_proj"),
+    *_linear("mlp.up_proj"),
+    *_linear("mlp.down_proj"),
+    TensorName("norm/scale", "model.norm.weight", False),
+)
+
+# The keys of every family, to be united with its own.
+DEFAULTS: Mapping[str, Any] = {
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+FIXED: Mapping[str, Any] = {"hidden_act": "silu", "is_encoder_decoder": False, "partial_rotary_factor": 1.0}
+_HARMLESS = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",  # training only
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "quantization_config",  # says how the tensors are stored, which `checkpoints` reads
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture.
 
-    `tensors` lists every parameter but the output head, `head` the head of models that do not tie it to the embedding.
-    Tensors whose name matches `ignored_tensors` (a regular expression) hold nothing that is learned. `fixed` are the
-    configuration keys that would change the mathematics, with the one value that this decoder computes; `harmless` are
-    the keys that do not matter to it.
+    Attributes:
+      architecture: its name in config.json.
+      parts: the switches of `DecoderConfig` by field: a bool where the architecture settles it, else the name of the
+        configuration key that does.
+      defaults: the optional configuration keys, with the value that transformers takes where one is missing. A family
+        has windows if `sliding_window` is among them.
+      fixed: the configuration keys that would change the mathematics, with the one value that this decoder computes.
+      harmless: the configuration keys that do not matter to it.
+      tensors: every parameter that the decoder can have, but the output head. A model has those that its configuration
+        switches on.
+      head: the output head of models that do not tie it to the embedding.
+      ignored_tensors: a regular expression for the names of tensors that hold nothing that is learned.
     """
 
     architecture: str
-    tensors: tuple[TensorName, ...]
-    head: TensorName
-    ignored_tensors: str
-    fixed: Mapping[str, object]
-    harmless: frozenset[str]
+    parts: Mapping[str, bool | str]
+    defaults: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    harmless: frozenset[str] = _HARMLESS
+    tensors: tuple[TensorName, ...] = _TENSORS
+    head: TensorName = TensorName("lm_head/kernel", "lm_head.weight", True)
+    ignored_tensors: str = r".*rotary_emb\.inv_freq"

@@ -51,9 +51,17 @@ class Model:
         return Decoder(self.config, self.dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def recipe(self, config) -> list[tuple[str, Any]]:
-        """Returns the rules that give every linear layer `config` and leave embedding, norms and output head alone."""
-        head = [] if self.config.tie_embeddings else [("lm_head/kernel", None)]
-        return [("embed_tokens/embedding", None), *head, (".*norm/scale", None), ("layers/.*/kernel", config)]
+        """Returns the rules that give every linear layer `config` and leave everything else alone.
+
+        That is the embedding, the output head, norms and biases. A rule stands there only if the model has what it is
+        about: a rule that matches nothing is an error.
+        """
+        decoder = self.config
+        head = [] if decoder.tie_embeddings else [("lm_head/kernel", None)]
+        biased = decoder.qkv_bias or decoder.o_bias or decoder.mlp_bias
+        biases = [("layers/.*/bias", None)] if biased else []
+        norms = (".*norm/scale", None)
+        return [("embed_tokens/embedding", None), *head, norms, *biases, ("layers/.*/kernel", config)]
 
     def check_tokens(self, tokens) -> None:
         """Raises ValueError, naming the first one, if a token is outside the vocabulary, or if they are no integers.

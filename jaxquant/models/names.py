@@ -5,6 +5,7 @@ A leaf may be a quantized tensor too: any pytree whose array leaves all have the
 is that of the kernel it stands for, `[in, out]`. It is stacked leaf by leaf and never transposed.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -60,9 +61,11 @@ def tensors_from_params(config: DecoderConfig, params: Mapping[str, Any]) -> dic
     }
 
 
+@functools.lru_cache(maxsize=32)  # the shapes come from a trace
 def _entries(config: DecoderConfig) -> tuple[TensorName, ...]:
-    family = FAMILIES[config.architecture]
-    return family.tensors if config.tie_embeddings else (*family.tensors, family.head)
+    """Those of the family's tensors that this decoder has: not every model has biases, or a head of its own."""
+    family, shapes = FAMILIES[config.architecture], parameter_shapes(config)
+    return tuple(entry for entry in (*family.tensors, family.head) if entry.path in shapes)
 
 
 def _names(config: DecoderConfig, entry: TensorName) -> list[str]:

@@ -86,6 +86,7 @@ def calibrate(
         jax.block_until_ready(total)  # or statistics of several batches would wait in memory
         new = program.run(params, batch, jnp.uint32(position % 2**32), real)
         total = new if total is None else _merge(total, new)
+        del new  # or it would stay in memory beside the next batch's
         position += _tokens(batch, real)
     if program is None or total is None:
         raise ValueError("calibration needs at least one batch, but `batches` is empty")

@@ -1,10 +1,8 @@
 """Applies methods to the weights of a parameter tree, equal shapes together."""
 
-import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,16 +12,16 @@ from jax import lax
 
 from jaxquant.kernels.reference import dense
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.layout import to_canonical
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.calibrate import Statistics
+from jaxquant.transforms.jobs import Job, Span, chunks, take
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 
-CHUNK_BYTES = 2**29  # matrices and statistics that one compiled call works on, at most
-NOT_WEIGHTS = ("scale", "bias", "embedding")  # Flax's names of leaves that a bare config passes over without statistics
+# Without statistics, a bare config passes over leaves that have one of these in their name, or are in a norm.
+NOT_WEIGHTS = ("scale", "bias", "embed", "norm", "gain", "gamma", "beta")
 FALLBACKS = (
     None,
     "no calibration tokens",
@@ -44,8 +42,8 @@ def quantize_params(
     Args:
       params: any pytree of arrays.
       stats: from `calibrate`, with the same tree. None for methods that need none: weights are then Flax's
-        `[..., in, out]`, and a bare config takes every float leaf of two or more axes that is not named "scale",
-        "bias" or "embedding".
+        `[..., in, out]`, and a bare config takes every float leaf of two or more axes whose name does not say that
+        it is a scale, a bias, an embedding or a norm's.
       recipe: a method config for every weight that a product consumes, or rules `[(pattern, config or None), ...]`;
         see `recipe.resolve`. Embeddings whose rows are only looked up are quantized per row if a rule names them.
       progress: called with (matrices done, matrices in all).
@@ -62,11 +60,11 @@ def quantize_params(
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     total, done = sum(job.count for job in jobs), 0
-    for chunk, size in _chunks(jobs):
-        for (job, _), q, layer in zip(chunk, *_solve(chunk, size), strict=True):
-            pieces[job.path].append(q)
-            layers[job.path].append(layer)
-        done += len(chunk)
+    for spans, size in chunks(jobs):
+        for span, q, reports in zip(spans, *_solve(spans, size), strict=True):
+            pieces[span.job.path].append(q)
+            layers[span.job.path] += reports
+            done += span.size
         if progress is not None:
             progress(done, total)
     quantized = {job.path: job.assemble(pieces[job.path]) for job in jobs}
@@ -84,60 +82,7 @@ def _notes(stats: Statistics | None) -> dict[str, str]:
     return {path: "; ".join(parts) for path, parts in notes.items()}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Job:
-    """One weight to quantize: the leaf, its config, its axes' roles, and its statistics `[*lead, ...]`."""
-
-    path: str
-    leaf: Any
-    config: Any
-    contract: tuple[int, ...]  # negative
-    out: tuple[int, ...]
-    inputs: InputStatistics | None
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return tuple(self.leaf.shape[a] for a in self.contract)
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        named = self.contract + self.out
-        return tuple(n for i, n in enumerate(self.leaf.shape) if i - self.leaf.ndim not in named)
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.lead)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return math.prod(self.in_shape), math.prod(self.leaf.shape[a] for a in self.out)
-
-    @property
-    def kind(self) -> tuple:
-        """Jobs of one kind run in one compiled program."""
-        dtype = None if self.inputs is None else self.inputs.gram.dtype
-        return self.config, self.shape, self.leaf.dtype, dtype
-
-    def matrices(self) -> tuple[jax.Array, InputStatistics | None]:
-        """The weight as `[count, in, out]` and its statistics as `[count, ...]`."""
-        w = to_canonical(jnp.asarray(self.leaf), self.contract, self.out).reshape(self.count, *self.shape)
-        lead = len(self.lead)
-        return w, jax.tree.map(lambda a: a.reshape(self.count, *a.shape[lead:]), self.inputs)
-
-    def assemble(self, pieces: list[QTensor]) -> QTensor:
-        """The weight's QTensor, from those of its matrices `[in, out]`."""
-        out_shape = tuple(self.leaf.shape[a] for a in self.out)
-
-        def joined(*arrays):
-            a = jnp.stack(arrays)
-            wide = out_shape if a.shape[-1] == math.prod(out_shape) else (1,) * len(out_shape)
-            return a.reshape(*self.lead, a.shape[1], *wide)
-
-        q = jax.tree.map(joined, *pieces)
-        return dataclasses.replace(q, contract=self.contract, out=self.out, in_shape=self.in_shape)
-
-
-def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[_Job]:
+def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     """The jobs of a recipe, checked."""
     floats = {p: leaf for p, leaf in named.items() if not is_qtensor(leaf) and is_matrix(leaf)}
     if stats is not None:
@@ -147,7 +92,7 @@ def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[_Job]
     elif isinstance(recipe, list | tuple):
         quantizable = set(floats)
     else:
-        quantizable = {p for p in floats if p.rpartition("/")[2] not in NOT_WEIGHTS}
+        quantizable = {p for p in floats if _named_as_weight(p)}
     taken = resolve(recipe, named, quantizable)
     if not taken:
         raise ValueError("the recipe quantizes nothing: every rule that matches has None for its config")
@@ -157,18 +102,23 @@ def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[_Job]
     return jobs
 
 
-def _job(path: str, leaf, config, stats: Statistics | None) -> _Job:
+def _named_as_weight(path: str) -> bool:
+    *modules, name = path.lower().split("/")
+    return not any(word in name for word in NOT_WEIGHTS) and "norm" not in "".join(modules[-1:])
+
+
+def _job(path: str, leaf, config, stats: Statistics | None) -> Job:
     ndim = np.ndim(leaf)
     if stats is None:
-        return _Job(path, leaf, config, (-2,), (-1,), None)
+        return Job(path, leaf, config, (-2,), (-1,), None)
     if path not in stats.products:  # an embedding: one scale, or row of groups, per row
-        return _Job(path, leaf, config, (-1,), tuple(range(-ndim, -1)), None)
+        return Job(path, leaf, config, (-1,), tuple(range(-ndim, -1)), None)
     product = stats.products[path]
     contract, out = (tuple(a - ndim for a in axes) for axes in (product.contract, product.out))
-    return _Job(path, leaf, config, contract, out, product.inputs)
+    return Job(path, leaf, config, contract, out, product.inputs)
 
 
-def _check(job: _Job) -> None:
+def _check(job: Job) -> None:
     if job.inputs is None and job.config.needs_statistics:
         raise ValueError(
             f"'{job.path}': {type(job.config).__name__} needs calibration statistics; pass jq.calibrate(...) as `stats`"
@@ -189,30 +139,25 @@ def _check(job: _Job) -> None:
         )
 
 
-def _chunks(jobs: list[_Job]) -> Iterator[tuple[list[tuple[_Job, int]], int]]:
-    """Matrices `(job, position)` of one kind, as many as one call may work on."""
-    kinds: dict[tuple, list[_Job]] = {}
-    for job in jobs:
-        kinds.setdefault(job.kind, []).append(job)
-    for (_, (k, n), _, _), members in kinds.items():
-        matrices = [(job, i) for job in members for i in range(job.count)]
-        size = max(1, min(len(matrices), CHUNK_BYTES // (4 * k * (k + n))))
-        for start in range(0, len(matrices), size):
-            yield matrices[start : start + size], size
-
-
-def _solve(chunk: list[tuple[_Job, int]], size: int) -> tuple[list[QTensor], list[LayerReport]]:
+def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[LayerReport]]]:
     start = time.perf_counter()
-    whole = {id(job): job.matrices() for job, _ in chunk}
-    parts = [jax.tree.map(lambda a, i=i: a[i], whole[id(job)]) for job, i in chunk]
-    parts += parts[-1:] * (size - len(parts))  # the last chunk runs in the same program as the others
-    w, inputs = jax.tree.map(lambda *a: jnp.stack(a), *parts)
-    q, facts = jax.block_until_ready(_run(chunk[0][0].config, w, inputs))
+    parts = [span.matrices() for span in spans]
+    count = sum(span.size for span in spans)
+    if count < size:  # the last chunk spans in the same program as the others
+        parts.append(jax.tree.map(lambda a: jnp.repeat(a[-1:], size - count, 0), parts[-1]))
+    w, inputs = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
+    q, facts = jax.block_until_ready(_run(spans[0].job.config, w, inputs))
     facts = jax.tree.map(np.asarray, facts)
-    seconds = (time.perf_counter() - start) / len(chunk)
-    pieces = [jax.tree.map(lambda a, i=i: a[i], q) for i in range(len(chunk))]
-    rows = [_row(job, at, {k: v[i] for k, v in facts.items()}, seconds) for i, (job, at) in enumerate(chunk)]
-    return pieces, rows
+    seconds = (time.perf_counter() - start) / count
+    pieces, reports, first = [], [], 0
+    for span in spans:
+        pieces.append(q if span.size == size else take(q, first, span.size))
+        places = range(span.size)
+        reports.append(
+            [_row(span.job, span.start + i, {k: v[first + i] for k, v in facts.items()}, seconds) for i in places]
+        )
+        first += span.size
+    return pieces, reports
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -245,7 +190,7 @@ def _energy(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(jnp.matmul(x, w.astype(x.dtype), precision=lax.Precision.HIGHEST)))
 
 
-def _row(job: _Job, at: int, facts: dict[str, Any], seconds: float) -> LayerReport:
+def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerReport:
     def number(key):
         return float(facts[key]) if key in facts and np.isfinite(facts[key]) else None
 

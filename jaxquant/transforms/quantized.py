@@ -27,18 +27,15 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
       allow_dense: where a weight is used in a way that no kernel covers, make a dense copy and warn, not fail.
 
     Returns:
-      A function of the same signature.
+      A function of the same signature. Equal functions share what was compiled, so `quantized(fn)` may be written
+      where it is called.
 
     Raises:
       TypeError: (when called) a quantized weight enters an operation that is no known product, lookup or renaming, or
         is summed over other axes than those it was quantized along (as `jax.grad` inside `fn` does). The message names
-        the primitive and the parameter's path.
+        the primitive and the parameter's path. Also where an input that is no array cannot be hashed.
     """
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def compiled(params, arrays, rest):
-        inputs, options = rest.join(arrays)
-        return _interpret(functools.partial(fn, **options), params, inputs, _Executor(allow_dense))
+    compiled = (_compiled_once if _is_hashable(fn) else _compiled)(fn, allow_dense)
 
     @functools.wraps(fn)
     def run(params, *inputs, **options):
@@ -48,6 +45,26 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
         return compiled(params, arrays, rest)
 
     return run
+
+
+def _compiled(fn: Callable, allow_dense: bool) -> Callable:
+    @functools.partial(jax.jit, static_argnums=2)
+    def compiled(params, arrays, rest):
+        inputs, options = rest.join(arrays)
+        return _interpret(functools.partial(fn, **options), params, inputs, _Executor(allow_dense))
+
+    return compiled
+
+
+_compiled_once = functools.lru_cache(maxsize=64)(_compiled)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +80,9 @@ class _Static:
         flat, structure = jax.tree.flatten(inputs)
         dynamic = tuple(i for i, leaf in enumerate(flat) if interpreter.traceable(leaf))
         rest = tuple(None if i in dynamic else leaf for i, leaf in enumerate(flat))
+        for leaf in rest:
+            if not _is_hashable(leaf):
+                raise TypeError(f"input {leaf!r} is no array and not hashable; close over it, or make it a pytree")
         return [flat[i] for i in dynamic], cls(structure, rest, dynamic)
 
     def join(self, arrays: list) -> tuple:

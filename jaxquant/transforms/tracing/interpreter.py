@@ -181,8 +181,8 @@ def traceable(leaf) -> bool:
 
 
 def is_matrix(leaf) -> bool:
-    """Whether a leaf of a parameter tree is a float array of two or more axes."""
-    return traceable(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Whether a leaf of a parameter tree is a float array of two or more axes, and not empty."""
+    return traceable(leaf) and leaf.ndim >= 2 and leaf.size > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = None):

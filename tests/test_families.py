@@ -1,0 +1,382 @@
+"""Every family of checkpoints against transformers: what is computed, which configurations are read, and the files."""
+
+import functools
+import math
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jaxquant as jq
+from jaxquant.checkpoints.tensors import same_bits
+from jaxquant.models.config import FAMILIES, from_hf
+from jaxquant.models.model import Model
+from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors_from_params
+
+VOCABULARY = 96
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 24)).astype(np.int32)
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOW = {"use_sliding_window": True, "sliding_window": 7}
+TIED = {"tie_word_embeddings": True}
+VARIANTS = {  # family, changes, and the window of each layer, which is shorter than the 24 tokens
+    "llama_bias_of_attention": ("llama", {"attention_bias": True, **TIED}, (None, None, None)),
+    "llama_bias_of_mlp": ("llama", {"mlp_bias": True}, (None, None, None)),
+    "mistral": ("mistral", {"sliding_window": 7}, (7, 7, 7)),
+    "mistral_no_window": ("mistral", {"sliding_window": None, "head_dim": 32, **TIED}, (None, None, None)),
+    "mistral_window_of_one": ("mistral", {"sliding_window": 1, "num_key_value_heads": 4}, (1, 1, 1)),
+    "qwen2": ("qwen2", {"rope_theta": 1e6, "rms_norm_eps": 1e-3}, (None, None, None)),
+    "qwen2_window": ("qwen2", {**WINDOW, "max_window_layers": 1, **TIED}, (None, 7, 7)),
+    "qwen2_layer_types": ("qwen2", {**WINDOW, "layer_types": [SLIDING, FULL, SLIDING], "head_dim": 24}, (7, None, 7)),
+    "qwen3": ("qwen3", {"num_hidden_layers": 1, **TIED}, (None,)),
+    "qwen3_biases_and_window": (
+        "qwen3",
+        {**WINDOW, "max_window_layers": 2, "head_dim": 32, "attention_bias": True, "num_key_value_heads": 1},
+        (None, None, 7),
+    ),
+    "qwen3_layer_types": ("qwen3", {**WINDOW, "layer_types": [FULL, SLIDING, FULL], "head_dim": 24}, (None, 7, None)),
+}
+
+
+def hf_config_of(family: str, changes: dict) -> dict:
+    return {**SMALL, "architectures": [ARCHITECTURES[family]], "model_type": family, **changes}
+
+
+def written_by_transformers(hf_config: dict) -> dict:
+    """The configuration in the words of transformers 5, with its defaults for the keys that are missing."""
+    return transformers.AutoConfig.for_model(**hf_config).to_dict()
+
+
+def torch_model(hf_config: dict) -> torch.nn.Module:
+    """A random model; transformers' own initial values would hide errors: biases are 0 and norms 1."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf_config)).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.15)
+    return model
+
+
+@functools.cache
+def reference(variant: str) -> torch.nn.Module:
+    family, changes, _ = VARIANTS[variant]
+    return torch_model(hf_config_of(family, changes))
+
+
+def tensors_of(model: torch.nn.Module) -> dict:
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def torch_logits(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+def relative_error(found, expected) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(variant):
+    family, changes, _ = VARIANTS[variant]
+    model = Model.from_hf(hf_config_of(family, changes))
+    params = params_from_tensors(model.config, tensors_of(reference(variant)))
+    assert relative_error(model.apply(params, TOKENS), torch_logits(reference(variant))) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tensors_are_those_of_transformers(variant):
+    family, changes, _ = VARIANTS[variant]
+    config = from_hf(hf_config_of(family, changes))
+    tensors = tensors_of(reference(variant))
+    if config.tie_embeddings:
+        del tensors["lm_head.weight"]
+    params = params_from_tensors(config, tensors)
+    found = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)}
+    assert found == parameter_shapes(config).keys()
+    written = tensors_from_params(config, params)
+    assert written.keys() == tensors.keys()
+    assert all(same_bits(written[name], tensors[name]) for name in tensors)
+
+
+def test_biases_and_norms_have_flax_names():
+    shapes = parameter_shapes(from_hf(hf_config_of("qwen2", {})))
+    assert shapes["layers/self_attn/q_proj/bias"] == (3, 64)
+    assert shapes["layers/self_attn/k_proj/bias"] == (3, 32)
+    assert "layers/self_attn/o_proj/bias" not in shapes
+    shapes = parameter_shapes(from_hf(hf_config_of("qwen3", {"head_dim": 24, "attention_bias": True})))
+    assert shapes["layers/self_attn/k_norm/scale"] == (3, 24)
+    assert shapes["layers/self_attn/o_proj/bias"] == (3, 64)
+
+
+def test_windows_do_not_change_the_program():
+    def lines(changes: dict) -> int:
+        model = Model.from_hf(hf_config_of("qwen2", changes))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        return len(jax.jit(model.apply).lower(params, TOKENS).as_text().splitlines())
+
+    mixed = {**WINDOW, "num_hidden_layers": 5, "layer_types": [FULL, SLIDING, FULL, SLIDING, SLIDING]}
+    assert lines({}) == lines(mixed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recipe_takes_the_linear_kernels_and_every_rule_matches(variant):
+    family, changes, _ = VARIANTS[variant]
+    model = Model.from_hf(hf_config_of(family, changes))
+    rules, paths = model.recipe("some config"), parameter_shapes(model.config)
+    first = {path: next(rule for rule in rules if re.fullmatch(rule[0], path)) for path in paths}
+    taken = {path for path, (_, config) in first.items() if config}
+    assert taken == {path for path in paths if path.startswith("layers/") and path.endswith("kernel")}
+    assert {pattern for pattern, _ in first.values()} == {pattern for pattern, _ in rules}
+
+
+# Which configurations are read
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_old_and_new_words_mean_the_same(variant):
+    family, changes, windows = VARIANTS[variant]
+    hf_config = hf_config_of(family, changes)
+    assert from_hf(hf_config) == from_hf(written_by_transformers(hf_config))
+    assert from_hf(hf_config).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in ARCHITECTURES),
+        *((qwen, {"use_sliding_window": True}) for qwen in ("qwen2", "qwen3")),
+    ],
+)
+def test_missing_keys_have_the_defaults_of_transformers(family, changes):
+    hf_config = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": 10,
+        "hidden_size": 640,
+        "intermediate_size": 8,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 30,
+        **changes,
+    }
+    assert from_hf(hf_config) == from_hf(written_by_transformers(hf_config))
+
+
+def test_the_table_has_every_family():
+    assert set(ARCHITECTURES.values()) == FAMILIES.keys()
+    assert {family for family, _, _ in VARIANTS.values()} == ARCHITECTURES.keys()
+
+
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+PUBLISHED = {  # config.json as on the hub, and the number of parameters of the model
+    "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096),
+    "Mistral-7B-v0.3": (
+        {
+            **MISTRAL_7B,
+            "attention_dropout": 0.0,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "transformers_version": "4.42.0.dev0",
+            "vocab_size": 32768,
+        },
+        7_248_023_552,
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            **QWEN2_5_7B,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "vocab_size": 151936,
+        },
+        494_032_768,
+    ),
+    "Qwen2.5-7B": (QWEN2_5_7B, 7_615_616_512),
+    "Qwen3-0.6B": (QWEN3_0_6B, 596_049_920),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_read(name):
+    hf_config, parameters = PUBLISHED[name]
+    config = from_hf(hf_config)
+    assert config == from_hf(written_by_transformers(hf_config))
+    assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == parameters
+    assert set(config.windows) == ({4096} if name == "Mistral-7B-v0.1" else {None})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mistral", {"model_type": "llama"}, r"model_type='llama' is not supported; MistralForCausalLM is computed"),
+        ("mistral", {"attention_bias": True}, r"attention_bias=True is not supported.*attention_bias=False only"),
+        ("mistral", {"layer_types": [FULL] * 3}, r"layer_types=\[.*\] is unknown for MistralForCausalLM"),
+        ("mistral", {"sliding_window": 0}, r"windows=\(0, 0, 0\): a window of less than one position sees nothing"),
+        ("qwen2", {"use_mrope": True}, r"use_mrope=True is not supported; Qwen2ForCausalLM is computed with use_mrope"),
+        ("qwen2", {"attention_bias": True}, r"attention_bias=True is unknown for Qwen2ForCausalLM"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_type='yarn' is not supported; supported"),
+        ("qwen2", {"hidden_act": "gelu"}, r"hidden_act='gelu' is not supported"),
+        ("qwen2", {"layer_types": [SLIDING] * 3}, r"but there is no window; needed are use_sliding_window=True and a"),
+        ("qwen3", {"layer_types": [FULL] * 2}, r"layer_types=\['full_.*a list of num_hidden_layers=3 entries that are"),
+        ("qwen3", {"layer_types": [FULL, FULL, "conv"]}, r"'conv'\] is not supported; .*'full_attention' or 'sliding_"),
+        ("qwen3", {"layer_types": FULL}, r"layer_types='full_attention' is not supported"),
+        ("qwen3", {"mlp_bias": True}, r"mlp_bias=True is unknown for Qwen3ForCausalLM"),
+        ("qwen3", {"num_experts": 8}, r"num_experts=8 is unknown for Qwen3ForCausalLM"),
+        ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, r"supported: \['Llama.*'Mistral.*'Qwen2.*'Qwen3"),
+    ],
+)
+def test_unsupported_configurations_are_refused(family, changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(hf_config_of(family, changes))
+
+
+def test_a_bias_that_the_configuration_does_not_have_is_named():
+    variant = "qwen3_biases_and_window"
+    without = from_hf(hf_config_of("qwen3", VARIANTS[variant][1] | {"attention_bias": False}))
+    with pytest.raises(ValueError, match=r"k_proj\.bias, .* and 7 more in the checkpoint but not in a Qwen3ForCausal"):
+        params_from_tensors(without, tensors_of(reference(variant)))
+
+
+# From the checkpoint through calibration and quantization to the files
+
+
+@pytest.fixture(scope="module", params=["mistral", "qwen2_layer_types", "qwen3_biases_and_window"])
+def quantized(request, tmp_path_factory):
+    """A checkpoint of transformers, loaded, and rounded to 4 bits by the model's own recipe."""
+    source = tmp_path_factory.mktemp(request.param)
+    reference(request.param).save_pretrained(source)
+    model, params = jq.load_pretrained(source)
+    stats = jq.calibrate(model.apply, params, [TOKENS])
+    qparams, _ = jq.quantize_params(params, stats, model.recipe(jq.RTN(jq.int4(group_size=32))))
+    return SimpleNamespace(model=model, params=params, qparams=qparams)
+
+
+def test_the_linear_layers_are_quantized_and_nothing_else(quantized):
+    flat, _ = jax.tree.flatten_with_path(quantized.qparams, is_leaf=lambda leaf: isinstance(leaf, jq.QTensor))
+    for path, leaf in flat:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert isinstance(leaf, jq.QTensor) == bool(re.fullmatch(r"layers/.*_proj/kernel", name)), name
+
+
+@pytest.mark.parametrize("format", ["jaxquant", "compressed-tensors"])
+def test_what_is_saved_is_loaded_bit_for_bit(quantized, tmp_path, format):
+    jq.save(tmp_path / "out", quantized.model, quantized.qparams, format=format)
+    model, params = jq.load_pretrained(tmp_path / "out")
+    assert model.config == quantized.model.config
+    assert jax.tree.structure(params) == jax.tree.structure(quantized.qparams)
+    assert all(map(same_bits, jax.tree.leaves(params), jax.tree.leaves(quantized.qparams)))
+    ours = np.asarray(quantized.model.apply(quantized.qparams, TOKENS))
+    np.testing.assert_array_equal(model.apply(params, TOKENS), ours)
+    if format == "compressed-tensors":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        assert relative_error(ours, torch_logits(theirs)) < 1e-5
+
+
+def test_perplexity_stays_near(quantized):
+    before, after = (
+        jq.perplexity(quantized.model.apply, params, TOKENS.ravel(), context=24, batch_size=2)
+        for params in (quantized.params, quantized.qparams)
+    )
+    assert math.isfinite(before)
+    assert math.log(after) == pytest.approx(math.log(before), rel=0.03)
