@@ -48,8 +48,10 @@ class TextSource:
             from transformers import AutoTokenizer  # takes seconds, and imports PyTorch where there is one
 
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.directory, model_max_length=2**31)
-            except (OSError, ValueError, KeyError) as error:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.directory, model_max_length=2**31, trust_remote_code=False
+                )
+            except Exception as error:  # tokenizers raises bare Exceptions for damaged files
                 reason = str(error).strip().partition("\n")[0]
                 raise ValueError(
                     f"{self.directory} has no tokenizer that can be read ({reason}); give token ids as an .npy file"
@@ -121,8 +123,10 @@ def quantize_checkpoint(
     Raises:
       ValueError, OSError: bad input; nothing is written.
     """
-    pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
     directory = pretrained.find_model(name)
+    if os.path.realpath(out) == os.path.realpath(directory):
+        raise ValueError(f"{out} is the checkpoint that is read; write to another directory")
+    pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")

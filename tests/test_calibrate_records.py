@@ -42,16 +42,26 @@ class FakeConfig:
         (lambda w, x: (x @ w, w @ w.T), "`dot_general`"),
         (lambda w, x: (x @ w, x[:, :8] @ w[:8]), "`dot_general`: it sums over a part of an axis"),
         (lambda w, x: (x @ w, x[:, :8] @ w.reshape(2, 8, 16)[0]), "`dot_general`: it sums over a part of an axis"),
-        (lambda w, x: (x @ w, x @ w.T), "products sum over different axes: [(0,), (1,)]"),
+        (
+            lambda w, x: (x @ w, x @ w.T),
+            "its products use its axes differently; (summed over, kept): [((0,), (1,)), ((1,), (0,))]",
+        ),
         (lambda w, x: (x @ w, x @ w[::-1]), "`rev`"),
         (lambda w, x: (x @ w, lax.scan(lambda w, _: (w * 2, None), w, None, 2)), "`scan`: the weight is carried"),
         (
             lambda w, x: (x @ w, lax.while_loop(lambda w: w[0, 0] < 9, lambda w: w + 1, w)),
             "`while`: the weight is carried",
         ),
+        (
+            lambda w, x: (
+                x @ w,
+                lax.while_loop(lambda c: jnp.sum(x @ c[0]) < c[1], lambda c: (c[0], c[1] - 1), (w, 9.0)),
+            ),
+            "`dot_general`: it decides when a loop ends",
+        ),
         (lambda w, x: (x @ w, lax.cond(jnp.sum(x) > 0, lambda: w, lambda: w.T)), "`cond`: the weight leaves its body"),
         (lambda w, x: (x @ w, lax.scan(lambda c, _: (c, w), 0, None, 2)), "`scan`: the weight leaves its body"),
-        (lambda w, x: (x @ w, jax.grad(lambda x: jnp.sum(jnp.tanh(x @ w)))(x)), "different axes"),
+        (lambda w, x: (x @ w, jax.grad(lambda x: jnp.sum(jnp.tanh(x @ w)))(x)), "use its axes differently"),
         (lambda w, x: (x @ w, w.astype(jnp.int32)), "`convert_element_type`"),
         (lambda w, x: (x @ w, w[jnp.array([0, 1]), jnp.array([0, 1])]), "`gather`"),
         (lambda w, x: (x @ w, w.at[0].set(1.0)), "`scatter`"),

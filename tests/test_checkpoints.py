@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,21 @@ def _no_checkpoint(path):
     (path / "thesis.txt").write_text("x")
 
 
+def _more_than_a_checkpoint(path):
+    save_tree(path, OLD)
+    (path / "thesis.txt").write_text("x")
+
+
+def _a_checkpoint_of_checkpoints(path):
+    save_tree(path, OLD)
+    save_tree(path / "config.json", OLD)
+
+
+def _a_configuration(path):
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("make", "overwrite", "message"),
     [
@@ -102,6 +118,9 @@ def _no_checkpoint(path):
         (_a_link, True, "is a symbolic link"),
         (_not_empty, False, r"exists and is not empty; pass overwrite=True \(--overwrite\)"),
         (_no_checkpoint, True, "holds no checkpoint .* only checkpoints are overwritten"),
+        (_a_configuration, True, "holds no checkpoint"),
+        (_more_than_a_checkpoint, True, "holds thesis.txt, which is no part of a checkpoint .* remove it yourself"),
+        (_a_checkpoint_of_checkpoints, True, "holds config.json, which is no part"),
     ],
 )
 def test_an_output_that_must_not_be_replaced_is_refused_and_untouched(tmp_path, make, overwrite, message):
@@ -124,7 +143,7 @@ def test_a_parent_that_is_missing_or_cannot_be_written_to(tmp_path, monkeypatch)
 
 def test_overwrite_replaces_the_whole_directory(tmp_path):
     save_tree(tmp_path / "out", OLD)
-    (tmp_path / "out" / "extra").write_text("x")
+    (tmp_path / "out" / "tokenizer.json").write_text("x")
     save_tree(tmp_path / "out", NEW, overwrite=True)
     assert_same_tree(load_tree(tmp_path / "out"), NEW)
     assert listing(tmp_path) == ["out"]
@@ -165,6 +184,16 @@ def test_two_writers_at_once_do_not_touch_each_other(tmp_path):
         both()
     assert_same_tree(load_tree(tmp_path / "out"), NEW)
     assert listing(tmp_path) == ["out"]
+
+
+def test_many_writers_of_one_name_end_with_one_of_their_checkpoints(tmp_path):
+    trees = [{"w": np.full(3, i, np.float32)} for i in range(4)]
+    with ThreadPoolExecutor(len(trees)) as pool:
+        for _ in range(10):
+            for done in [pool.submit(save_tree, tmp_path / "out", tree, overwrite=True) for tree in trees]:
+                done.result()
+            assert listing(tmp_path) == ["out"]
+            assert float(load_tree(tmp_path / "out")["w"][0]) in range(4)
 
 
 KILLED_WRITER = """

@@ -63,7 +63,6 @@ DERIVED = [
     "fori_loop_over_layers",
     "remat_in_scan_in_jit",
     "vmap_over_inputs",
-    "weights_in_custom_derivatives",
     "heads_in_another_order",
     "custom_derivatives_downstream",
     "fused_qkv_indexed",
@@ -108,6 +107,14 @@ def test_gradients_are_those_of_the_dequantized_function(name):
     got, want = gradient(quantized(case.apply), qparams), gradient(case.apply, dense)
     assert any(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(want))
     assert_same(got, want, 1e-4)
+
+
+def test_a_custom_derivative_that_takes_a_quantized_weight_is_refused():
+    """It would be computed from the dense weight; the function itself runs."""
+    case, x = CASES["weights_in_custom_derivatives"], CASES["weights_in_custom_derivatives"].batches()[0]
+    qparams, _ = quantize_case(case, int8())
+    with pytest.raises(TypeError, match="custom derivative takes the quantized weight 'a'"):
+        jax.grad(lambda x: jnp.sum(quantized(case.apply)(qparams, x)))(x)
 
 
 def test_custom_derivatives_downstream_are_kept():

@@ -160,6 +160,33 @@ def test_one_expert_on_each_device_squeezed():
     assert_same(quantized(fn)(qparams, x), expert_layers(dense_of(qparams), x))
 
 
+@pytest.mark.parametrize("first", ["up", "shared"])
+def test_one_expert_on_each_device_beside_a_shared_one(first):
+    mesh = jax.make_mesh((8,), ("experts",), axis_types=(AxisType.Auto,))
+
+    def local(p, x):
+        ys = {"up": lambda: x[0] @ p["up"][0], "shared": lambda: x[0] @ p["shared"]}
+        y = ys.pop(first)()
+        return (y + ys.popitem()[1]())[None]
+
+    fn = mapped(local, mesh, ({"up": P("experts"), "shared": P()}, P("experts")), P("experts"))
+    params, x = {"up": normal(8, 16, 24), "shared": normal(16, 24)}, normal(8, 20, 16)
+    got = calibrate(fn, params, [x]).products
+    tokens = np.asarray(x).reshape(-1, 16), np.arange(160)
+    check(got["shared"].inputs, {(): tokens}, (), 16)
+    experts = {(i,): (np.asarray(x[i]), np.arange(20)) for i in range(8)}
+    check(got["up"].inputs, experts, (8,), 16)
+
+
+def test_tokens_and_columns_split_over_one_axis():
+    """Each device has columns of `w` and tokens of its own; `v`, which is whole, sees all tokens."""
+    mesh = jax.make_mesh((8,), ("both",), axis_types=(AxisType.Auto,))
+    fn = mapped(lambda p, x: (x @ p["w"], x @ p["v"]), mesh, ({"w": P(None, "both"), "v": P()}, P("both")), P("both"))
+    x = normal(64, 16)
+    got = calibrate(fn, {"w": normal(16, 24), "v": normal(16, 8)}, [x]).products["v"].inputs
+    check(got, {(): (np.asarray(x), np.arange(64))}, (), 16)
+
+
 def test_one_of_several_local_experts_is_noted():
     mesh = jax.make_mesh((8,), ("experts",), axis_types=(AxisType.Auto,))
     local = lambda p, x: (x[0] @ p["up"][0] + x[1] @ p["up"][1])[None]  # noqa: E731

@@ -162,7 +162,7 @@ def _check(where: str, given: Any, understood: Understood) -> None:
         raise ValueError(f"{where}: {given!r} is not supported; expected an object")
     for key, value in given.items():
         values = understood.get(key, ())
-        if values is not None and value not in values:
+        if values is not None and not any(type(value) is type(v) and value == v for v in values):
             raise ValueError(f"{where}: {key}={value!r} is not supported")
 
 
@@ -171,10 +171,25 @@ def _is_name(target: str, module: str) -> bool:
 
 
 def _is_pattern(target: str, module: str) -> bool:
+    if not target.startswith("re:"):
+        return False
+    pattern = target.removeprefix("re:")
+    _check_pattern(pattern)
     try:
-        return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+        return re.match(pattern, module) is not None
     except re.error as error:
         raise ValueError(f"quantization_config: the target {target!r} is no regular expression ({error})") from error
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuses patterns that could take for ever to match: checkpoints come from anywhere."""
+    repeats = sum(map(pattern.count, "*+?{"))
+    repeats -= sum(map(pattern.count, ("(?:", "(?!", "(?=")))  # no repetitions
+    if len(pattern) > 256 or repeats > 5 or pattern.count("|") > 12 or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(
+            f"quantization_config: the target {pattern[:80]!r} is too complex; supported are up to 5 repetitions, "
+            "none of them of a group, and 12 alternatives"
+        )
 
 
 def _is_class(target: str, module: str) -> bool:

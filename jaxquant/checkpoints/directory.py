@@ -3,11 +3,13 @@
 A checkpoint is written into a hidden sibling of its final name, flushed to disk and renamed into place. A run that is
 killed leaves nothing under the final name, or the old checkpoint; what it leaves beside it (`.NAME.partial-…`) is
 removed by the next run that writes the same name. A lock on such a sibling, which dies with its process, tells a killed
-run from one that is still writing.
+run from one that is still writing; the short moments in which siblings are made, renamed and cleared away are guarded
+by a lock on the parent.
 """
 
 import contextlib
 import fcntl
+import fnmatch
 import glob
 import os
 import secrets
@@ -15,7 +17,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-CHECKPOINT_FILES = ("config.json", "jaxquant.json")  # a directory with one of these is a checkpoint
+from jaxquant.checkpoints.huggingface import COMPANIONS
+
+MARKS = ("config.json", "jaxquant.json")  # a directory with one of these and safetensors is a checkpoint
+PARTS = ("*.safetensors", "model.safetensors.index.json", *MARKS, *COMPANIONS)  # all that is ever overwritten
 
 
 @contextlib.contextmanager
@@ -33,15 +38,18 @@ def new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
       OSError: the parent cannot be written to.
     """
     target = check_new_directory(path, overwrite=overwrite)
-    partial = _sibling(target, "partial")
-    os.mkdir(partial)
-    try:
-        with _locked(partial):
-            yield partial
-            _flush(partial)
-            _install(partial, target, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone if it was installed
+    with contextlib.ExitStack() as stack:
+        with _locked(target.parent, wait=True):
+            partial = _sibling(target, "partial")
+            os.mkdir(partial)
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # gone if it was installed
+            stack.enter_context(_locked(partial))
+        yield partial
+        _flush(partial)
+        with _locked(target.parent, wait=True):
+            old = _install(partial, target, overwrite)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -51,8 +59,9 @@ def check_new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> 
         raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"cannot write into {target.parent}: no permission")
-    _recover(target)
-    _check_replaceable(target, overwrite)
+    with _locked(target.parent, wait=True):
+        _recover(target)
+        _check_replaceable(target, overwrite)
     return target
 
 
@@ -65,47 +74,55 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists and is not empty; pass overwrite=True (--overwrite) to replace it")
-    if not any((target / name).is_file() for name in CHECKPOINT_FILES):  # a slip of the pen may name a home directory
+    foreign = _foreign(target)  # a slip of the pen may name a home directory
+    if foreign is not None:
         raise FileExistsError(
-            f"{target} is not empty and holds no checkpoint ({' or '.join(CHECKPOINT_FILES)}), "
-            "and only checkpoints are overwritten; remove it yourself or give another directory"
+            f"{target} {foreign}, and only checkpoints are overwritten; remove it yourself or give another directory"
         )
+
+
+def _foreign(target: Path) -> str | None:
+    """Why a directory that is not empty is no checkpoint, or more than one; None if it is a checkpoint."""
+    names = sorted(os.listdir(target))
+    if not any(mark in names for mark in MARKS) or not any(name.endswith(".safetensors") for name in names):
+        return f"is not empty and holds no checkpoint (safetensors and {' or '.join(MARKS)})"
+    for name in names:
+        if not any(fnmatch.fnmatchcase(name, part) for part in PARTS) or not (target / name).is_file():
+            return f"holds {name}, which is no part of a checkpoint that jaxquant writes"
+    return None
 
 
 def _is_vacant(target: Path) -> bool:
     return not target.exists() or not any(target.iterdir())
 
 
-def _install(partial: Path, target: Path, overwrite: bool) -> None:
+def _install(partial: Path, target: Path, overwrite: bool) -> Path | None:
+    """Gives the new directory its name; returns where the old one is, if there was one."""
     _check_replaceable(target, overwrite)  # again: it may have changed while the new one was written
-    if _is_vacant(target):
-        os.rename(partial, target)
-        _sync(target.parent)
-        return
-    with _locked(target):
-        old = _sibling(target, "replaced")
+    old = None if _is_vacant(target) else _sibling(target, "replaced")
+    if old is not None:
         os.rename(target, old)
-        try:
-            os.rename(partial, target)
-        except OSError:
+    try:
+        os.rename(partial, target)
+    except OSError:
+        if old is not None:
             os.rename(old, target)
-            raise
+        raise
     _sync(target.parent)  # before the old one goes
-    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def _recover(target: Path) -> None:
     """Clears up after killed runs: one that died between two renames gets its old directory back."""
     for old in _siblings(target, "replaced"):
-        with _locked(old) as dead:
-            if dead and not target.exists():
-                os.rename(old, target)
-            elif dead:
-                shutil.rmtree(old)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # another run may be clearing it away too
+        else:
+            os.rename(old, target)
     for partial in _siblings(target, "partial"):
         with _locked(partial) as dead:
             if dead:
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sibling(target: Path, kind: str) -> Path:
@@ -118,16 +135,20 @@ def _siblings(target: Path, kind: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
+def _locked(directory: Path, *, wait: bool = False) -> Iterator[bool]:
     """Holds the lock of a directory, which a rename does not end; yields whether it was to be had."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:  # its own run has cleared it away
+        yield False
+        return
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # another process writes here, or the file system has no locks: then nothing is ever removed
-            yield False
-        else:
-            yield True
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # another run writes here, or the file system has no locks: then nothing of others is removed
+            held = False
+        yield held
     finally:
         os.close(descriptor)
 

@@ -117,7 +117,7 @@ def _describe(tree: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> Any:
 
 def _keys(tree: dict, path: tuple[str, ...]) -> list:
     if {type(key) for key in tree} not in ({str}, {int}, set()):  # JAX cannot order others either
-        raise TypeError(f"{_shown(path)} has keys {list(tree)[:4]}; use all strings or all integers")
+        raise TypeError(f"{_shown(path)} has the keys {list(tree)[:4]}; they must be all strings or all integers")
     return list(tree)
 
 
@@ -173,6 +173,7 @@ class _Reader:
             if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) not in (str, int):
                 raise ValueError(f"{_shown(path)} has an entry that is no pair of key and node: {str(pair)[:80]}")
         result = {key: self.build(child, (*path, str(key))) for key, child in pairs}
+        _keys(result, path)
         if len(result) < len(pairs):
             raise ValueError(f"{_shown(path)} has a key twice")
         return result
@@ -215,13 +216,15 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
     if len(fields["in_shape"]) != len(fields["contract"]) or min(fields["in_shape"], default=0) < 0:
         raise ValueError(f"in_shape={fields['in_shape']} does not fit contract={fields['contract']}")
     spec = QuantSpec(**fields["spec"])
-    if type(spec.symmetric) is not bool or type(spec.narrow_range) is not bool:
-        raise ValueError(f"spec={fields['spec']}: symmetric and narrow_range must be true or false")
     if not isinstance(fields["dtype"], str) or not jnp.issubdtype(jnp.dtype(fields["dtype"]), jnp.floating):
         raise ValueError(f"dtype={fields['dtype']!r} is no floating dtype")
     axes: dict[str, Any] = {name: tuple(fields[name]) for name in _AXES}
     q = QTensor(spec=spec, dtype=fields["dtype"], **axes, **arrays)
     q.validate()
+    for name in ("codes", "zero_point"):
+        codes = getattr(q, name)
+        if codes is not None and codes.size and (codes.min() < spec.min_code or codes.max() > spec.max_code):
+            raise ValueError(f"{name} reach from {codes.min()} to {codes.max()}, which {spec} does not")
     return q
 
 

@@ -8,6 +8,7 @@ cancels.
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def perplexity(
         return (_loss_sums(fn, params, window, scored),)
 
     count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress)
-    return math.exp(_estimate(loss, count).mean)
+    return _exp(_estimate(loss, count).mean)
 
 
 def compare(
@@ -113,8 +114,8 @@ def compare(
     count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress)
     return Comparison(
         tokens=int(count.sum()),
-        perplexity=math.exp(_estimate(loss, count).mean),
-        baseline_perplexity=math.exp(_estimate(base, count).mean),
+        perplexity=_exp(_estimate(loss, count).mean),
+        baseline_perplexity=_exp(_estimate(base, count).mean),
         loss_increase=_estimate(loss - base, count),
         kl=_estimate(kl, count),
         top1_agreement=_estimate(agree, count),
@@ -144,6 +145,10 @@ def _estimate(sums: np.ndarray, count: np.ndarray) -> Estimate:
     return Estimate(mean, math.sqrt(residual * n / (n - 1)) / total if n > 1 else math.nan)
 
 
+def _exp(loss: float) -> float:
+    return math.inf if loss > math.log(sys.float_info.max) else math.exp(loss)
+
+
 def _log_probabilities(fn, params, tokens):
     return jax.nn.log_softmax(fn(params, tokens)[:, :-1].astype(jnp.float32), -1)
 
@@ -160,6 +165,7 @@ def _loss_sums(fn, params, tokens, scored):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _paired_sums(fn, baseline_fn, params, baseline_params, tokens, scored):
     new, old = _log_probabilities(fn, params, tokens), _log_probabilities(baseline_fn, baseline_params, tokens)
-    kl = jnp.sum(jnp.exp(old) * (old - new), -1)
+    possible = old > -jnp.inf  # a vocabulary may be masked
+    kl = jnp.sum(jnp.where(possible, jnp.exp(old) * (old - new), 0), -1)
     agree = (jnp.argmax(new, -1) == jnp.argmax(old, -1)).astype(jnp.float32)
     return tuple(jnp.sum(jnp.where(scored, m, 0), -1) for m in (_losses(new, tokens), _losses(old, tokens), kl, agree))

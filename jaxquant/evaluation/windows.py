@@ -12,8 +12,8 @@ class Windows(NamedTuple):
 
     Attributes:
       tokens: int32 `[n, context]`, zero beyond the end of a stream.
-      scored: bool `[n, context - 1]`: entry t says whether the prediction of token t + 1 counts. Each token of a stream
-        but its first counts once.
+      scored: bool `[n, context - 1]`: entry t says whether the prediction of token t + 1 counts. No token of a
+        stream counts twice; its first never does, nor the first of a window without overlap.
     """
 
     tokens: np.ndarray

@@ -18,8 +18,9 @@ adds the product with all blocks before it, a tile those of the tiles before it 
 Differences from the original code:
 - One factorization, where that has two and an inverse.
 - With act_order the groups are static: every scale comes from the original weights in the original order, and the
-  codes are stored in that order. Without it, the scale of a group is chosen when its first row is reached, from the
-  weights as compensated so far; per_channel and per_tensor scales always come from the original weights. Both as there.
+  codes are stored in that order. (There that is a separate option.) Without it, the scale of a group is chosen when
+  its first row is reached, from the weights as compensated by all rows before it; there, only by those of earlier
+  blocks. per_channel and per_tensor scales always come from the original weights, as there.
 - A channel that saw no input is rounded to nearest, not set to zero, and percdamp is a fraction of the mean diagonal
   of the other channels. With no tokens at all the result is RTN's.
 - A Gram matrix that cannot be factored is damped more, instead of failing.
@@ -29,6 +30,7 @@ Differences from the original code:
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -99,7 +101,12 @@ def gptq(w: jax.Array, stats: InputStatistics | None, config: GPTQ) -> tuple[QTe
       TypeError: w is not floating.
     """
     gram = _checked_gram(w, stats, config.spec)
-    return one_by_one_on_cpu(functools.partial(_gptq, config))(w, gram)
+    return _compiled(config)(w, gram)
+
+
+@functools.cache
+def _compiled(config: GPTQ) -> Callable:
+    return jax.jit(one_by_one_on_cpu(functools.partial(_gptq, config)))
 
 
 def _gptq(config: GPTQ, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[str, jax.Array]]:

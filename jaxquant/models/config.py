@@ -5,6 +5,7 @@ measured, quantized and written without anybody noticing.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,6 +72,17 @@ _OPTIONAL = {
     "tie_word_embeddings": "tie_embeddings",
 }
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+
+# What the keys that hold numbers and switches must be; those that may be null have a default that is worked out.
+_COUNTS = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "max_window_layers"),
+    "original_max_position_embeddings",
+}
+_MEASURES = {"rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"}
+_SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"}
+_NULLABLE = {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta"}
+MAX_LAYERS = 10**4
 _FULL, _SLIDING = "full_attention", "sliding_attention"  # Hugging Face's words in `layer_types`
 
 
@@ -85,6 +97,7 @@ def from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
     family = _family(hf_config)
     _refuse_unsupported(hf_config, family)
     settings = {**family.defaults, **hf_config}
+    _check_values(settings)
     fields = {field: settings[key] for key, field in (_REQUIRED | _OPTIONAL).items()}
     parts = {field: settings[part] if isinstance(part, str) else part for field, part in family.parts.items()}
     heads = fields["num_heads"]
@@ -101,13 +114,29 @@ def from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _check_values(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number or a switch that is something else."""
+    for key, value in settings.items():
+        if value is None and key in _NULLABLE:
+            continue
+        if key in _COUNTS:
+            least, most = int(key != "max_window_layers"), MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+            right, wanted = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
+        elif key in _MEASURES:
+            right, wanted = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
+        else:
+            right, wanted = key not in _SWITCHES or type(value) is bool, "true or false"
+        if not right:
+            raise ValueError(f"config.json: {key}={value!r} must be {wanted}")
+
+
 def _unless_null(value, default):
     return default if value is None else value
 
 
 def _family(hf_config: Mapping[str, Any]) -> Family:
     architectures = hf_config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in FAMILIES:
+    if architectures not in [[name] for name in FAMILIES]:
         raise ValueError(f"config.json: architectures={architectures!r} is not supported; supported: {[*FAMILIES]}")
     return FAMILIES[architectures[0]]
 
@@ -138,7 +167,7 @@ def _windows(settings: Mapping[str, Any]) -> tuple[int | None, ...]:
     if types is None:
         first = settings.get("max_window_layers", 0)
         return tuple(window if layer >= first else None for layer in range(layers))
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {_FULL, _SLIDING}:
+    if not isinstance(types, list) or len(types) != layers or not all(t in (_FULL, _SLIDING) for t in types):
         raise ValueError(
             f"config.json: layer_types={types!r} is not supported; supported: a list of num_hidden_layers={layers} "
             f"entries that are {_FULL!r} or {_SLIDING!r}"
@@ -153,10 +182,10 @@ def _windows(settings: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 def _rope(hf_config: Mapping[str, Any], default_theta: float) -> tuple[float, RopeScaling | None]:
     """The base and the scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    old = _rope_settings(hf_config.get("rope_scaling"))
+    old = _rope_settings("rope_scaling", hf_config)
     if hf_config.get("rope_theta") is not None:
         old["rope_theta"] = hf_config["rope_theta"]
-    new = _rope_settings(hf_config.get("rope_parameters"))
+    new = _rope_settings("rope_parameters", hf_config)
     if new and any(new.get(key) != value for key, value in old.items()):
         raise ValueError(f"config.json: rope_parameters={new} contradicts rope_theta and rope_scaling, {old}")
     settings = new or old
@@ -164,9 +193,13 @@ def _rope(hf_config: Mapping[str, Any], default_theta: float) -> tuple[float, Ro
     return float(theta), _scaling(settings.pop("rope_type", "default"), settings)
 
 
-def _rope_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy in which `type`, the older spelling, is `rope_type`."""
-    settings = dict(settings or {})
+def _rope_settings(key: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the object under a key, in which `type`, the older spelling, is `rope_type`."""
+    given = hf_config.get(key)
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"config.json: {key}={given!r} must be an object")
+    settings = dict(given or {})
+    _check_values(settings)
     kind = settings.pop("type", None)
     if kind is not None and settings.setdefault("rope_type", kind) != kind:
         raise ValueError(f"config.json: rope_type={settings['rope_type']!r} contradicts type={kind!r}")
@@ -174,7 +207,7 @@ def _rope_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _scaling(kind: str, settings: Mapping[str, Any]) -> RopeScaling | None:
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(f"config.json: rope_type={kind!r} is not supported; supported: {[*_SCALINGS]}")
     scaling = _SCALINGS[kind]
     needed = set() if scaling is None else {field.name for field in dataclasses.fields(scaling)}

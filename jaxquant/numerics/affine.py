@@ -6,10 +6,11 @@ With signed codes in [min_code, max_code] and `steps` between them:
     asymmetric   S = (max(x, 0) - min(x, 0)) / steps,              Z = clamp(round(min_code - min(x, 0) / S))
     x_q = clamp(round(x / S) + Z),    x ≈ S · (x_q - Z)
 
-A range of zero, or too small for S to be a normal number, takes S = 1, so zeros stay zeros. 0.0 is always represented
-exactly. S is rounded to its storage dtype before any code is chosen, so the codes are the best ones for the scale that
-is kept. (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference"; the full symmetric range, 7.5 steps each side at 4 bits, is that of GPTQ and compressed-tensors.)
+A range of zero takes S = 1, so zeros stay zeros, and S is never too small to be stored or to have a reciprocal. 0.0 is
+always represented exactly. S is rounded to its storage dtype before any code is chosen, so the codes are the best ones
+for the scale that is kept. (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference"; the full symmetric range, 7.5 steps each side at 4 bits, is that of GPTQ and
+compressed-tensors.)
 
 In floating point, x / S is x · (1 / S) and max|x| / (steps / 2) is max|x| · (2 / steps), each of the two operations
 rounded. XLA compiles a division by a broadcast number to that anyway, but only where it sees the broadcast, and in the
@@ -149,10 +150,11 @@ def _range_to_scale(w, spec, n_out, scale_dtype):
     """Scale (rounded to its storage dtype) and float zero point of canonical `w`, both `[*lead, groups, *out]`."""
     low, high = _extremes(w, spec, n_out)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    scale = jnp.maximum(-low, high) * (2 / spec.steps) if spec.symmetric else (high - low) * (1 / spec.steps)
-    scale = jnp.minimum(scale, min(float(jnp.finfo(d).max) for d in (scale_dtype, w.dtype))).astype(scale_dtype)
-    normal = scale.astype(w.dtype) >= jnp.finfo(w.dtype).tiny  # smaller ones have no finite reciprocal
-    scale = jnp.where(normal, scale, jnp.ones_like(scale))
+    half = jnp.maximum(-low, high) if spec.symmetric else high * 0.5 - low * 0.5  # the whole could overflow
+    smallest = max(float(jnp.finfo(scale_dtype).smallest_subnormal), float(jnp.finfo(w.dtype).tiny))
+    largest = min(float(jnp.finfo(d).max) for d in (scale_dtype, w.dtype))
+    scale = jnp.clip(half * (2 / spec.steps), smallest, largest)
+    scale = jnp.where(half > 0, scale, jnp.ones_like(scale)).astype(scale_dtype)
     if spec.symmetric:
         return scale, jnp.zeros(scale.shape, w.dtype)
     zero = jnp.round(spec.min_code - low * (1 / scale.astype(w.dtype)))

@@ -34,9 +34,12 @@ class QuantSpec:
     scale_dtype: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits!r} is not supported; choose a whole number from 2 to 8")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        for name in ("symmetric", "narrow_range"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size={self.group_size!r} must be a positive whole number, or None for per-channel")
         derived: Granularity = "per_channel" if self.group_size is None else "per_group"
         granularity = self.granularity or derived

@@ -152,7 +152,8 @@ def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
         uses = {use: sites for use, sites in program.uses.items() if use.path == path}
         axes = roles(uses, program.sizes[path])
         if axes is None:
-            notes.append((path, f"products sum over different axes: {sorted({use.contract for use in uses})}"))
+            found = sorted({(use.contract, use.out) for use in uses})
+            notes.append((path, f"its products use its axes differently; (summed over, kept): {found}"))
             continue
         inputs = assemble(uses, total, *axes, program.sizes[path], shared)
         products[path] = ProductStatistics(*axes, inputs)

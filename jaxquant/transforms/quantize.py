@@ -1,5 +1,6 @@
 """Applies methods to the weights of a parameter tree, equal shapes together."""
 
+import enum
 import functools
 import time
 from collections.abc import Callable
@@ -16,19 +17,31 @@ from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.jobs import Job, Span, chunks, take
-from jaxquant.transforms.recipe import resolve
+from jaxquant.transforms.recipe import resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 
-# Without statistics, a bare config passes over leaves that have one of these in their name, or are in a norm.
+# Without statistics, leaves that have one of these in their name, or are in a norm, are no weights.
 NOT_WEIGHTS = ("scale", "bias", "embed", "norm", "gain", "gamma", "beta")
-FALLBACKS = (
-    None,
-    "no calibration tokens",
-    "no held-out tokens to judge by",
-    "worse than RTN on held-out tokens",
-    "statistics are not finite",
-)
+
+
+class Fallback(enum.IntEnum):
+    """Why a matrix was rounded to nearest in place of the method's answer."""
+
+    NONE = 0
+    NO_TOKENS = 1
+    NOT_JUDGED = 2
+    WORSE = 3
+    NOT_FINITE = 4
+
+
+FALLBACKS = {
+    Fallback.NONE: None,
+    Fallback.NO_TOKENS: "no calibration tokens",
+    Fallback.NOT_JUDGED: "no held-out tokens to judge by",
+    Fallback.WORSE: "worse than RTN on held-out tokens",
+    Fallback.NOT_FINITE: "statistics are not finite",
+}
 
 
 def quantize_params(
@@ -42,8 +55,8 @@ def quantize_params(
     Args:
       params: any pytree of arrays.
       stats: from `calibrate`, with the same tree. None for methods that need none: weights are then Flax's
-        `[..., in, out]`, and a bare config takes every float leaf of two or more axes whose name does not say that
-        it is a scale, a bias, an embedding or a norm's.
+        `[..., in, out]`, namely float leaves of two or more axes. Those whose names say that they are a scale, a bias,
+        an embedding or a norm's are taken only by a rule that names them, such as `".*/embedding"`.
       recipe: a method config for every weight that a product consumes, or rules `[(pattern, config or None), ...]`;
         see `recipe.resolve`. Embeddings whose rows are only looked up are quantized per row if a rule names them.
       progress: called with (matrices done, matrices in all).
@@ -89,10 +102,9 @@ def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
         quantizable = {p for p in floats if p in stats.products}
         if isinstance(recipe, list | tuple):
             quantizable |= {p for p in floats if p in stats.lookups}
-    elif isinstance(recipe, list | tuple):
-        quantizable = set(floats)
     else:
-        quantizable = {p for p in floats if _named_as_weight(p)}
+        patterns = [pattern for pattern, _ in rules_of(recipe)]
+        quantizable = {p for p in floats if _named_as_weight(p) or any(p.rpartition("/")[2] in r for r in patterns)}
     taken = resolve(recipe, named, quantizable)
     if not taken:
         raise ValueError("the recipe quantizes nothing: every rule that matches has None for its config")
@@ -173,11 +185,12 @@ def _one(config, w: jax.Array, inputs: InputStatistics | None) -> tuple[QTensor,
     nearest, _ = RTN(config.spec).quantize(w, None)
     x = inputs.held_out
     scale = _energy(x, w)
-    error, rtn_error = (_energy(x, dense(a).astype(x.dtype) - w.astype(x.dtype)) / scale for a in (q, nearest))
-    fallback = jnp.where(error <= rtn_error, 0, 3)
-    fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, 4)
-    fallback = jnp.where(scale > 0, fallback, 2)
-    fallback = jnp.where(inputs.count > 0, fallback, 1)
+    errors = [_energy(x, dense(a).astype(x.dtype) - w.astype(x.dtype)) for a in (q, nearest)]
+    error, rtn_error = (jnp.where(e > 0, e / scale, e) for e in errors)  # a weight of zeros has none
+    fallback = jnp.where(error <= rtn_error, Fallback.NONE, Fallback.WORSE)
+    fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, Fallback.NOT_FINITE)
+    fallback = jnp.where(jnp.any(x != 0), fallback, Fallback.NOT_JUDGED)
+    fallback = jnp.where(inputs.count > 0, fallback, Fallback.NO_TOKENS)
     if isinstance(config, RTN):
         fallback = jnp.zeros_like(fallback)
     q = jax.tree.map(lambda a, b: jnp.where(fallback > 0, b, a), q, nearest)
@@ -208,7 +221,7 @@ def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerRepor
         dropped_rows=None if dropped is None else int(dropped),
         rtn_error=number("rtn_error"),
         error=number("error"),
-        fallback=FALLBACKS[int(facts.get("fallback", 0))],
+        fallback=FALLBACKS[Fallback(int(facts.get("fallback", 0)))],
         info={k.removeprefix("info/"): number(k) for k in facts if k.startswith("info/")},
         seconds=seconds,
     )

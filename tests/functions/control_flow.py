@@ -56,6 +56,25 @@ def while_loop_until(params, x):
     return lax.while_loop(lambda x: jnp.mean(x * x) < 4, lambda x: x + jnp.abs(x @ params["w"]), x)
 
 
+@case(SQUARE, lambda p, x, see: simple_reference(p, x, see, lambda y: x + 4 * y))
+def loop_with_one_input(params, x):
+    """Each of four iterations multiplies the same input, which counts once; the fourth tokens are no new ones."""
+    y = lax.fori_loop(0, 4, lambda i, y: y + x.astype("float32") @ params["w"], jnp.zeros_like(x))
+    return x + y
+
+
+def started_late_reference(params, x, see):
+    see("w", x, at=B * T + np.arange(B * T))
+    return x @ params["w"]
+
+
+@case(SQUARE, started_late_reference)
+def inner_loop_that_starts_late(params, x):
+    """The inner loop does not run in the first iteration of the outer one, whose tokens are taken for others."""
+    inner = lambda i, y: lax.fori_loop(0, i, lambda _, y: y + x @ params["w"], y)  # noqa: E731
+    return lax.fori_loop(0, 2, inner, jnp.zeros_like(x))
+
+
 def branches_reference(params, x, see):
     if float(jnp.sum(x)) > 0:
         see("a", x)

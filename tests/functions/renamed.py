@@ -1,7 +1,6 @@
 """Weights that are renamed on the way to their product: cast, transposed, reshaped, sliced."""
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from functions.cases import HEAD, SQUARE, B, D, F, H, T, act, case, normal, simple_reference
@@ -88,6 +87,11 @@ def fused_split_reference(params, x, see):
     return q * k + v
 
 
+def one_channel_reference(params, x, see):
+    see("w", x)
+    return x @ params["w"][0]
+
+
 FUSED = lambda: {"w": normal(D, 3 * F)}  # noqa: E731
 
 
@@ -103,17 +107,24 @@ def fused_qkv_sliced(params, x):
     return q * k + v
 
 
-def fused_in_turn_reference(params, x, see):
-    for i in range(3):
-        see("w", x, at=i * B * T + np.arange(B * T))
-    return fused_split_reference(params, x, lambda *_: None)
-
-
-@case(FUSED, fused_in_turn_reference)
+@case(FUSED, fused_split_reference)
 def fused_qkv_sliced_by_traced_start(params, x):
     part = lambda i: lax.dynamic_slice_in_dim(params["w"], i * F, F, 1)  # noqa: E731
     _, (q, k, v) = lax.scan(lambda c, i: (c, lax.stop_gradient(x) @ part(i)), None, jnp.arange(3))
     return q * k + v
+
+
+@case(FUSED, fused_split_reference)
+def fused_qkv_scanned(params, x):
+    """The input is the same for every slice of columns, and counts once."""
+    parts = jnp.moveaxis(params["w"].reshape(D, 3, F), 1, 0)
+    _, (q, k, v) = lax.scan(lambda c, part: (c, x @ part), None, parts)
+    return q * k + v
+
+
+@case(lambda: {"w": normal(1, D, F)}, one_channel_reference, axes={"w": ((0, 1), (2,))})
+def contracting_axis_of_one(params, x):
+    return jnp.einsum("btkd,kdf->btf", x[:, :, None], params["w"])
 
 
 def column_reference(params, x, see):

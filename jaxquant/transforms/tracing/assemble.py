@@ -80,10 +80,11 @@ def assemble(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _finished(positions: tuple[tuple[int, ...], ...], grid: tuple[int, ...], moments: list[Moments]) -> InputStatistics:
-    """Statistics `[*grid, ...]`, merged from stacks of moments whose entries belong at the given positions."""
+    """Statistics `[*grid, ...]`, merged from stacks of moments whose entries belong at the given positions, if any."""
     rows: list[list[int]] = [[] for _ in range(math.prod(grid))]
     for row, position in enumerate(position for at in positions for position in at):
-        rows[position].append(row)
+        if position >= 0:
+            rows[position].append(row)
     stacks = [_flattened(m, len(at)) for m, at in zip(moments, positions, strict=True)]
     blank = sum(map(len, positions))
     if len(set(map(len, rows))) > 1:

@@ -7,9 +7,9 @@ import jax.extend.core as jexc
 from jax import lax
 from jax.sharding import AxisType
 
-JIT = ("jit", "pjit", "closed_call", "core_call")
-REMAT = ("checkpoint", "remat", "remat2")
-CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+JIT = ("jit", "pjit")
+REMAT = ("checkpoint", "remat2")
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 
 def close(jaxpr) -> jexc.ClosedJaxpr:

@@ -22,6 +22,9 @@ RESHAPING = frozenset(("convert_element_type", "reshape", "transpose", "squeeze"
 INDEXING = frozenset(("lt", "add", "select_n", "jit", "pjit"))
 
 
+Loops = frozenset  # of loop tokens
+
+
 class Handler(Protocol):
     """What a transformation does with weights. `rename`, `product` and `lookup` return the equation's results."""
 
@@ -47,6 +50,8 @@ class Interpreter:
       recorder: statistics of this scope.
       loops: (token, iteration) of every loop around this scope, outermost first.
       tokens: source of loop tokens, shared by all scopes.
+      base: the loops whose iteration decides whether this scope runs at all.
+      depends: for each variable, the loops from whose iterations its value follows.
       repeated: results of operations that models repeat, by what they were made of.
     """
 
@@ -54,13 +59,16 @@ class Interpreter:
     recorder: Recorder = dataclasses.field(default_factory=Recorder)
     loops: tuple[tuple[int, jax.Array], ...] = ()
     tokens: Any = dataclasses.field(default_factory=itertools.count)
+    base: Loops = frozenset()
+    depends: dict[Any, Loops] = dataclasses.field(default_factory=dict)
     repeated: dict = dataclasses.field(default_factory=dict)
     closed: Any = None
 
-    def run(self, closed: jexc.ClosedJaxpr, args: list) -> list:
-        """The results of a jaxpr; `args` and results may be views."""
+    def run(self, closed: jexc.ClosedJaxpr, args: list, depends: list[Loops] | None = None) -> list:
+        """The results of a jaxpr; `args` and results may be views. `depends` is that of each argument."""
         self.closed = closed
         jaxpr = closed.jaxpr
+        self.depends = dict(zip(jaxpr.invars, depends or [self.base] * len(args), strict=True))
         env = dict(zip(jaxpr.constvars, closed.consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
 
         def read(v):
@@ -68,9 +76,14 @@ class Interpreter:
 
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
+            self.depends.update(dict.fromkeys(eqn.outvars, self.base.union(*self.depends_of(eqn))))
             outs = self.equation(eqn, ins) if any(isinstance(i, View) for i in ins) else self.plain(eqn, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
+
+    def depends_of(self, eqn) -> list[Loops]:
+        """The loops from whose iterations each input of an equation follows."""
+        return [self.base if isinstance(v, jexc.Literal) else self.depends.get(v, self.base) for v in eqn.invars]
 
     def plain(self, eqn, ins: list) -> list:
         """Runs one equation that no view enters, or finds what the same one has given before.
@@ -123,31 +136,46 @@ class Interpreter:
         """The values, with arrays in place of the views among them; `why` says why the equation needs arrays."""
         return self.handler.dense(eqn, values, why) if any(isinstance(v, View) for v in values) else values
 
-    def inline(self, closed: jexc.ClosedJaxpr, args: list) -> list:
+    def inline(self, eqn, closed: jexc.ClosedJaxpr, args: list) -> list:
         """Runs an inner jaxpr as if its equations stood here: products in it share statistics with those around it."""
-        return Interpreter(self.handler, self.recorder, self.loops, self.tokens, self.repeated).run(closed, args)
+        inner = Interpreter(self.handler, self.recorder, self.loops, self.tokens, self.base, repeated=self.repeated)
+        return inner.run(closed, args, self.depends_of(eqn))
 
-    def scope(self, closed: jexc.ClosedJaxpr, loop: int | None = None) -> "Scope":
-        """A callable that runs an inner jaxpr with this handler; `loop` is the token of the loop whose body it is."""
-        return Scope(self, closed, loop)
+    def scope(self, closed: jexc.ClosedJaxpr, depends: list[Loops], **options) -> "Scope":
+        """A callable that runs an inner jaxpr with this handler. Arguments as the fields of `Scope`."""
+        return Scope(self, closed, depends, **options)
 
 
+@dataclasses.dataclass(eq=False)  # JAX caches by the callable
 class Scope:
     """Runs an inner jaxpr: `(args) -> (results, moments)`, `(args, iteration)` for a loop's body.
 
     The moments are a list of pytrees of arrays that JAX's own control flow can carry; what they are moments *of* is
     static, and stands in `recorder` once the scope was traced.
+
+    Attributes:
+      outer: the interpreter around it.
+      closed: the jaxpr.
+      depends: of each argument, the loops from whose iterations it follows.
+      loop: the token of the loop whose body it is.
+      base: loops, besides those of the outer scope, that decide whether it runs at all.
+      recorder: what it has recorded, without the moments.
     """
 
-    def __init__(self, outer: Interpreter, closed: jexc.ClosedJaxpr, loop: int | None):
-        self.outer, self.closed, self.loop, self.recorder = outer, closed, loop, Recorder()
+    outer: Interpreter
+    closed: jexc.ClosedJaxpr
+    depends: list[Loops]
+    loop: int | None = None
+    base: Loops = frozenset()
+    recorder: Recorder = dataclasses.field(default_factory=Recorder)
 
     def __call__(self, args, iteration=None):
         """Results and moments; `args` may hold views."""
-        outer = self.outer
+        outer, base = self.outer, self.outer.base | self.base
         loops = outer.loops if self.loop is None else (*outer.loops, (self.loop, iteration))
-        inner = Interpreter(outer.handler, Recorder(), loops, outer.tokens)
-        outs = inner.run(self.closed, list(args))
+        recorder = Recorder(keeps=outer.recorder.keeps and self.recorder.keeps)
+        inner = Interpreter(outer.handler, recorder, loops, outer.tokens, base)
+        outs = inner.run(self.closed, list(args), [d | base for d in self.depends])
         self.recorder = dataclasses.replace(inner.recorder, moments=[], known={})  # no tracer outlives its trace
         return outs, inner.recorder.moments
 

@@ -16,6 +16,7 @@ from jaxquant.numerics import statistics
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.transforms.tracing import compat, payloads
 from jaxquant.transforms.tracing.forwarding import forwarded_by
+from jaxquant.transforms.tracing.recorder import Recorder
 from jaxquant.transforms.tracing.shards import call_shard_map
 from jaxquant.transforms.tracing.views import Lead, Take, View
 
@@ -28,14 +29,36 @@ def _merge(it, function, result) -> list:
     return list(outs)
 
 
-def call_inline(it, eqn, ins: list) -> list:
-    """A jitted function, or one with a custom derivative: its primal. The derivative is then JAX's own."""
-    return it.inline(compat.inner_jaxpr(eqn), ins)
+def call_jit(it, eqn, ins: list) -> list:
+    """A jitted function."""
+    return it.inline(eqn, compat.inner_jaxpr(eqn), ins)
+
+
+def call_custom(it, eqn, ins: list) -> list:
+    """A function with a derivative of its own: the function. A derivative that takes the dense weight has none."""
+    outs = it.inline(eqn, compat.inner_jaxpr(eqn), ins)
+    paths = [v.path for v in ins if isinstance(v, View) and isinstance(v.payload, QTensor)]
+    return [o if isinstance(o, View) or not paths else _not_differentiable(o, paths) for o in outs]
+
+
+def _not_differentiable(x, paths: list[str]):
+    @jax.custom_jvp
+    def same(x):
+        return x
+
+    @same.defjvp
+    def refuse(primals, tangents):
+        raise TypeError(
+            f"a function with a custom derivative takes the quantized weight '{paths[0]}'; its derivative would need "
+            "the dense weight. Leave the weight out of the recipe, or take no derivative through this function"
+        )
+
+    return same(x)
 
 
 def call_remat(it, eqn, ins: list) -> list:
     """`jax.checkpoint`, with its policy kept."""
-    function = it.scope(compat.inner_jaxpr(eqn))
+    function = it.scope(compat.inner_jaxpr(eqn), it.depends_of(eqn))
     kept = {"policy": eqn.params["policy"], "prevent_cse": eqn.params["prevent_cse"]}
     return _merge(it, function, jax.checkpoint(function, **kept)(ins))
 
@@ -75,8 +98,9 @@ def call_scan(it, eqn, ins: list) -> list:
     carry = it.dense(eqn, carry, "the weight is carried from iteration to iteration; pass it in as a constant")
     uncut = "it slices an axis of the weight that is not a single one, or that groups and packed codes run over"
     xs = [x if _sliceable(x) else it.dense(eqn, [x], uncut)[0] for x in xs]
-    token = next(it.tokens)
-    function = it.scope(compat.inner_jaxpr(eqn), token)
+    token, depends = next(it.tokens), it.depends_of(eqn)
+    depends[consts:] = [it.base.union({token}, *depends)] * len(depends[consts:])
+    function = it.scope(compat.inner_jaxpr(eqn), depends, loop=token)
     arrays = [None if _indexed(x) else dataclasses.replace(x, index=()) if isinstance(x, View) else x for x in xs]
 
     def body(state, step):
@@ -129,8 +153,12 @@ def call_while(it, eqn, ins: list) -> list:
     through, token = _through(eqn, ins), next(it.tokens)
     init = it.dense(eqn, _without(ins[a + b :], through), "the weight is carried; pass it to the body as a constant")
     cond_const = it.dense(eqn, ins[:a], "the weight decides when the loop ends")
-    function = it.scope(compat.close(eqn.params["body_jaxpr"]), token)
-    condition = it.scope(compat.close(eqn.params["cond_jaxpr"]))
+    depends = it.depends_of(eqn)
+    base = it.base.union(*depends)  # they decide how often the body runs
+    carried = [base | {token}] * len(init)
+    function = it.scope(compat.close(eqn.params["body_jaxpr"]), [*depends[a : a + b], *carried], loop=token, base=base)
+    nothing = Recorder(keeps=False)
+    condition = it.scope(compat.close(eqn.params["cond_jaxpr"]), [*depends[:a], *carried], recorder=nothing)
 
     def once(carry, i):
         outs, moments = function([*ins[a : a + b], *_with(carry, through)], i)
@@ -155,7 +183,8 @@ def call_cond(it, eqn, ins: list) -> list:
     """A conditional: a branch that is not taken adds statistics of no rows."""
     through = _through(eqn, ins)
     index, args = it.dense(eqn, ins[:1], "the weight decides which branch is taken")[0], ins[1:]
-    functions = [it.scope(compat.close(branch)) for branch in eqn.params["branches"]]
+    chosen_by, *depends = it.depends_of(eqn)
+    functions = [it.scope(compat.close(branch), depends, base=chosen_by) for branch in eqn.params["branches"]]
 
     def one(function, args):
         outs, moments = function(args)
@@ -176,8 +205,8 @@ def call_cond(it, eqn, ins: list) -> list:
 
 
 CALLS = {
-    **dict.fromkeys(compat.JIT, call_inline),
-    **dict.fromkeys(compat.CUSTOM, call_inline),
+    **dict.fromkeys(compat.JIT, call_jit),
+    **dict.fromkeys(compat.CUSTOM, call_custom),
     **dict.fromkeys(compat.REMAT, call_remat),
     "scan": call_scan,
     "while": call_while,

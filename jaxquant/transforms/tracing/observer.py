@@ -51,19 +51,26 @@ class Observer:
     def product(self, it, product: Product):
         """Records the input of a product."""
         view = product.view
-        why = _untracked(product)
+        why = _untracked(product) if it.recorder.keeps else "it decides when a loop ends"
         if why is not None:
             return it.other(product.eqn, product.ins, why)
         stack = (*_local_positions(product), *product.stack_factors)
         starts = tuple((axis, at) for axis, at in view.cut if at is not None)
-        use = Use(view.path, product.contract_axes, product.out_axes, stack, view.leads, starts)
+        follows = _follows(it, product)
+        same = tuple(lead.factor for lead in view.leads if lead.how == "scan" and lead.loop not in follows)
+        use = Use(view.path, product.contract_axes, product.out_axes, stack, view.leads, starts, same)
         arrays = (product.x, product.groups, *view.index)
         it.recorder.record(use, arrays, _signature(product), lambda: self._moments(it, product))
         return it.bind(product.eqn, _dense(product.ins))
 
     def _moments(self, it, product: Product) -> Moments:
         observe = compat.compiler_sharded(functools.partial(_observe, product), product.x, PartitionSpec())
-        moments = observe(product.x, product.groups, *self._tokens(it, product))
+        position, real, again = self._tokens(it, product)
+        groups = product.groups
+        if again is not None:
+            real = jnp.full(position.shape, ~again) if real is None else real & ~again
+            groups = None if groups is None else jnp.where(again, 0, groups)
+        moments = observe(product.x, groups, position, real)
         for _ in _local_positions(product):
             moments = jax.tree.map(lambda a: a[None], moments)
         view = product.view
@@ -71,19 +78,22 @@ class Observer:
             moments = _scattered(moments, lead.factor.size, view.index[lead.at])
         return moments
 
-    def _tokens(self, it, product: Product) -> tuple[jax.Array, jax.Array | None]:
-        """Each row's position in the stream, and whether it is a token.
+    def _tokens(self, it, product: Product) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Each row's position in the stream, whether it is a token, and whether they all have been seen before.
 
         Iterations of a loop that does not run over layers count on, and so do the devices that tokens are split over.
+        A loop that the input does not depend on brings the same tokens again and again.
         """
-        own = {lead.loop for lead in product.view.leads}
-        n, start = product.tokens, self.position
+        own, follows = {lead.loop for lead in product.view.leads}, _follows(it, product)
+        n, start, again = product.tokens, self.position, None
         for token, iteration in it.loops:
-            if token not in own:
+            if token not in own and token in follows:
                 start = start + iteration.astype(jnp.uint32) * jnp.uint32(n)
+            elif token not in own:
+                again = (iteration > 0) if again is None else again | (iteration > 0)
         shard, shards = _shard(product)
         start = start + shard * jnp.uint32(n)
-        return start + jnp.arange(n, dtype=jnp.uint32), self._real(product, shard, shards)
+        return start + jnp.arange(n, dtype=jnp.uint32), self._real(product, shard, shards), again
 
     def _real(self, product: Product, shard: jax.Array, shards: int) -> jax.Array | None:
         if self.real is None:
@@ -107,23 +117,36 @@ def _observe(product: Product, x, groups, position, real) -> Moments:
     return observe(rows, position, real)
 
 
+def _follows(it, product: Product) -> frozenset:
+    """The loops from whose iterations the input of a product follows."""
+    depends = zip(it.depends_of(product.eqn), product.ins, strict=True)
+    return it.base.union(*(loops for loops, value in depends if not isinstance(value, View)))
+
+
 def _shard(product: Product) -> tuple[jax.Array, int]:
     """The number of this device's share of the tokens, and how many shares there are."""
-    weights = {name for _, name in product.view.sharded}
     shard, shards = jnp.uint32(0), 1
-    for name in compat.mesh_axes(product.x):
-        if name not in weights:
-            size = lax.axis_size(name)
-            shard, shards = shard * size + lax.axis_index(name).astype(jnp.uint32), shards * size
+    for name in _token_axes(product):
+        size = lax.axis_size(name)
+        shard, shards = shard * size + lax.axis_index(name).astype(jnp.uint32), shards * size
     return shard, shards
 
 
-def _local_positions(product: Product) -> list[Factor]:
-    """Axes that are split over devices until each has one position, which the program has then squeezed away."""
+def _token_axes(product: Product) -> list[str]:
+    """The mesh axes over which tokens are split, not the weight."""
+    weights = {name for _, name in product.view.sharded}
+    return [name for name in compat.mesh_axes(product.x) if name not in weights]
+
+
+def _local_positions(product: Product) -> dict[Factor, str]:
+    """Axes that are split over devices until each has one position, which the program has then squeezed away.
+
+    With the names of the mesh axes.
+    """
     view = product.view
     leads = {lead.factor.axis for lead in view.leads} | {f.axis for f in product.stack_factors}
     named = leads | set(product.contract_axes) | set(product.out_axes)
-    return [Factor(axis, 1, 1) for axis, _ in view.sharded if axis not in named]
+    return {Factor(axis, 1, 1): name for axis, name in view.sharded if axis not in named}
 
 
 def _untracked(product: Product) -> str | None:
@@ -152,7 +175,7 @@ def _signature(product: Product) -> tuple:
     batch = tuple((xd, tuple(f.size for f in view.axes[wd])) for xd, wd in product.batch)
     leads = tuple((lead.how, lead.loop, lead.factor.size) for lead in view.leads if lead.how != "static")
     shards = tuple((ranks[axis], name) for axis, name in view.sharded if axis in ranks)
-    return order, batch, leads, shards
+    return order, batch, leads, shards, tuple(_local_positions(product).values()), tuple(_token_axes(product))
 
 
 def _dense(ins: list) -> list:

@@ -96,7 +96,7 @@ class Product:
         factors: list[Factor] = []
         for xd, wd in self.contract:
             parts = list(self.view.axes[wd])
-            if gathered and parts[0].axis in mesh_names:
+            if gathered and parts and parts[0].axis in mesh_names:
                 x = lax.all_gather(x, mesh_names[parts[0].axis], axis=xd, tiled=True)
             shards = x.shape[xd] // math.prod(f.size for f in parts)
             sizes += [f.size * (shards if i == 0 else 1) for i, f in enumerate(parts)]

@@ -23,6 +23,7 @@ class Use:
       batch: factors that it runs over.
       leads: factors at which one position was taken before.
       starts: (axis, first position) of axes that a slice has cut.
+      same: factors of "scan" leads over which the input does not change.
 
     The axes of the use's moments are: one per "scan" lead, one per "traced" lead, one per batch factor, then channels.
     """
@@ -33,6 +34,7 @@ class Use:
     batch: tuple[Factor, ...]
     leads: tuple[Lead, ...]
     starts: tuple[tuple[int, int], ...] = ()
+    same: tuple[Factor, ...] = ()
 
     @property
     def stacked(self) -> list[Factor]:
@@ -41,7 +43,8 @@ class Use:
         return [*order, *self.batch]
 
     def positions(self, axes: list[int], sizes: tuple[int, ...]) -> np.ndarray:
-        """For each matrix that the moments stack, its position in the grid of some of the weight's axes.
+        """For each matrix that the moments stack, its position in the grid of some of the weight's axes; -1 if it only
+        repeats the one before.
 
         Args:
           axes: the weight's own axes that stack matrices; positions along others count as the same.
@@ -57,8 +60,12 @@ class Use:
                 start += strides.get(lead.factor.axis, 0) * lead.factor.stride * lead.at
         result = np.full((), start)
         for f in self.stacked:
-            result = np.add.outer(result, strides.get(f.axis, 0) * f.stride * np.arange(f.size))
-        return result.reshape(-1)
+            again = f in self.same and f.axis not in axes
+            steps = np.where(
+                again & (np.arange(f.size) > 0), -np.inf, strides.get(f.axis, 0) * f.stride * np.arange(f.size)
+            )
+            result = np.add.outer(result, steps)
+        return np.maximum(result, -1).astype(int).reshape(-1)
 
     def widened(self, shards: Mapping[int, int]) -> "Use":
         """The use outside of `shard_map`, where each axis is that many times as wide; only whole axes are stacked."""
@@ -67,7 +74,9 @@ class Use:
             return f._replace(size=f.size * shards.get(f.axis, 1))
 
         leads = tuple(lead._replace(factor=wide(lead.factor)) for lead in self.leads)
-        return dataclasses.replace(self, batch=tuple(map(wide, self.batch)), leads=leads)
+        return dataclasses.replace(
+            self, batch=tuple(map(wide, self.batch)), leads=leads, same=tuple(map(wide, self.same))
+        )
 
 
 @dataclasses.dataclass
@@ -79,12 +88,14 @@ class Recorder:
       scans: tokens of the scans that stack each site's moments; a scan not among them sums them.
       uses: sites that each use reads.
       known: what each site was made of, and its number.
+      keeps: whether statistics can leave this scope; those of a loop's condition cannot.
     """
 
     moments: list[Moments] = dataclasses.field(default_factory=list)
     scans: list[tuple[int | None, ...]] = dataclasses.field(default_factory=list)
     uses: dict[Use, set[int]] = dataclasses.field(default_factory=dict)
     known: dict = dataclasses.field(default_factory=dict)
+    keeps: bool = True
 
     def record(self, use: Use, arrays: tuple, signature: tuple, make: Callable[[], Moments]) -> None:
         """Notes a use whose moments `make()` computes, unless a use before it read the same.

@@ -29,7 +29,7 @@ def call_shard_map(it, eqn, ins: list) -> list:
         split.append(parts)
     specs, local = zip(*split, strict=True)
     sharded = {v.path: dict(v.sharded) for v in local if v is not None}
-    function = it.scope(compat.inner_jaxpr(eqn))
+    function = it.scope(compat.inner_jaxpr(eqn), it.depends_of(eqn))
 
     def body(*shards):
         # the leaves of an argument are local already; what is static about it becomes local here
