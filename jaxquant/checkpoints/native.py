@@ -117,7 +117,7 @@ def _describe(tree: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> Any:
 
 def _keys(tree: dict, path: tuple[str, ...]) -> list:
     if {type(key) for key in tree} not in ({str}, {int}, set()):  # JAX cannot order others either
-        raise TypeError(f"{_shown(path)} has the keys {list(tree)[:4]}; they must be all strings or all integers")
+        raise TypeError(f"{_shown(path)} has keys {list(tree)[:4]}; use all strings or all integers")
     return list(tree)
 
 
