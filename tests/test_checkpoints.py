@@ -611,7 +611,7 @@ DAMAGED_HEADERS = {
     "bits": (spec_of_q(bits=9), "q: bits=9 is not supported"),
     "other bits": (spec_of_q(bits=7), "q: values is uint8.*contradicts the rest"),
     "unknown spec field": (spec_of_q(magic=1), "q: .*unexpected keyword argument 'magic'"),
-    "no bool": (spec_of_q(symmetric="yes"), "q: .*must be true or false"),
+    "no bool": (spec_of_q(symmetric="yes"), "q: .*must be True or False"),
     "group size": (spec_of_q(group_size=3, granularity=None), "q: group_size=3 does not divide"),
     "asymmetric": (spec_of_q(symmetric=False), "q: symmetric=False, but zero_point is None"),
     "no spec": (q_node(spec=None), "q: .*must be a mapping"),
