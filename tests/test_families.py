@@ -312,7 +312,7 @@ def test_published_configurations_are_read(name):
         ("mistral", {"model_type": "llama"}, r"model_type='llama' is not supported; MistralForCausalLM is computed"),
         ("mistral", {"attention_bias": True}, r"attention_bias=True is not supported.*attention_bias=False only"),
         ("mistral", {"layer_types": [FULL] * 3}, r"layer_types=\[.*\] is unknown for MistralForCausalLM"),
-        ("mistral", {"sliding_window": 0}, r"windows=\(0, 0, 0\): a window of less than one position sees nothing"),
+        ("mistral", {"sliding_window": 0}, r"sliding_window=0 must be a whole number from 1"),
         ("qwen2", {"use_mrope": True}, r"use_mrope=True is not supported; Qwen2ForCausalLM is computed with use_mrope"),
         ("qwen2", {"attention_bias": True}, r"attention_bias=True is unknown for Qwen2ForCausalLM"),
         ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_type='yarn' is not supported; supported"),

@@ -43,7 +43,7 @@ def test_structure_dtypes_and_range_of_the_codes(method, spec, dtype):
     q, info = run(w, stats, config)
     q.validate()
     assert (q.shape, q.dtype, q.contract, q.out) == ((K, N), dtype, (-2,), (-1,))
-    assert q.spec is config.spec
+    assert q.spec == config.spec
     assert q.scale.dtype == (config.spec.scale_dtype or dtype)
     assert q.codes.min() >= config.spec.min_code
     assert q.codes.max() <= config.spec.max_code
