@@ -1,4 +1,4 @@
-"""Solves given problems with llm-compressor's `quantize_weight`; run by gptq_time.py in llm-compressor's environment.
+"""Solves given problems with llm-compressor's `quantize_weight`, in llm-compressor's environment.
 
     python llmcompressor_solve.py PROBLEM.npz GROUP_SIZE
 

@@ -17,10 +17,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxquant.checkpoints.huggingface import COMPANIONS
+from jaxquant.checkpoints.huggingface import COMPANIONS, CONFIG
+from jaxquant.checkpoints.tensors import INDEX
 
-MARKS = ("config.json", "jaxquant.json")  # a directory with one of these and safetensors is a checkpoint
-PARTS = ("*.safetensors", "model.safetensors.index.json", *MARKS, *COMPANIONS)  # all that is ever overwritten
+MARKS = (CONFIG, "jaxquant.json")  # a directory with one of these and safetensors is a checkpoint
+PARTS = ("*.safetensors", INDEX, *MARKS, *COMPANIONS)  # all that is ever overwritten
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import numpy as np
 from jaxquant.checkpoints.directory import new_directory
 from jaxquant.checkpoints.json_file import read_json, write_json
 from jaxquant.checkpoints.tensors import STORABLE, Tensors, write_tensors
-from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
 from jaxquant.numerics.spec import QuantSpec
 
 HEADER = "jaxquant.json"
@@ -221,7 +221,8 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
     axes: dict[str, Any] = {name: tuple(fields[name]) for name in _AXES}
     q = QTensor(spec=spec, dtype=fields["dtype"], **axes, **arrays)
     q.validate()
-    for name in ("codes", "zero_point"):
+    every = spec.bits <= PACKED_BITS or spec.bits == 8  # then what is stored can be no other code of the full range
+    for name in ("zero_point",) if every and not spec.narrow_range else ("codes", "zero_point"):
         codes = getattr(q, name)
         if codes is not None and codes.size and (codes.min() < spec.min_code or codes.max() > spec.max_code):
             raise ValueError(f"{name} reach from {codes.min()} to {codes.max()}, which {spec} does not")

@@ -76,7 +76,7 @@ def perplexity(
         return (_loss_sums(fn, params, window, scored),)
 
     count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress)
-    return _exp(_estimate(loss, count).mean)
+    return _perplexity(loss, count)
 
 
 def compare(
@@ -114,8 +114,8 @@ def compare(
     count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress)
     return Comparison(
         tokens=int(count.sum()),
-        perplexity=_exp(_estimate(loss, count).mean),
-        baseline_perplexity=_exp(_estimate(base, count).mean),
+        perplexity=_perplexity(loss, count),
+        baseline_perplexity=_perplexity(base, count),
         loss_increase=_estimate(loss - base, count),
         kl=_estimate(kl, count),
         top1_agreement=_estimate(agree, count),
@@ -145,7 +145,8 @@ def _estimate(sums: np.ndarray, count: np.ndarray) -> Estimate:
     return Estimate(mean, math.sqrt(residual * n / (n - 1)) / total if n > 1 else math.nan)
 
 
-def _exp(loss: float) -> float:
+def _perplexity(losses: np.ndarray, count: np.ndarray) -> float:
+    loss = _estimate(losses, count).mean
     return math.inf if loss > math.log(sys.float_info.max) else math.exp(loss)
 
 

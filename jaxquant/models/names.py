@@ -8,6 +8,7 @@ is that of the kernel it stands for, `[in, out]`. It is stacked leaf by leaf and
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,12 +21,13 @@ from jaxquant.models.decoder import Decoder
 from jaxquant.models.family import TensorName
 
 
-def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=32)  # the shapes come from a trace
+def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """Returns the shape of every parameter of the decoder, by path ("layers/mlp/up_proj/kernel")."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(Decoder(config, jnp.dtype("float32")).init, jax.random.key(0), tokens)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
+    return MappingProxyType({path: leaf.shape for path, leaf in flat.items()})
 
 
 def params_from_tensors(config: DecoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +63,6 @@ def tensors_from_params(config: DecoderConfig, params: Mapping[str, Any]) -> dic
     }
 
 
-@functools.lru_cache(maxsize=32)  # the shapes come from a trace
 def _entries(config: DecoderConfig) -> tuple[TensorName, ...]:
     """Those of the family's tensors that this decoder has: not every model has biases, or a head of its own."""
     family, shapes = FAMILIES[config.architecture], parameter_shapes(config)

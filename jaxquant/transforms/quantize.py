@@ -35,7 +35,7 @@ class Fallback(enum.IntEnum):
     NOT_FINITE = 4
 
 
-FALLBACKS = {
+FALLBACKS: dict[int, str | None] = {
     Fallback.NONE: None,
     Fallback.NO_TOKENS: "no calibration tokens",
     Fallback.NOT_JUDGED: "no held-out tokens to judge by",
@@ -155,7 +155,7 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
     start = time.perf_counter()
     parts = [span.matrices() for span in spans]
     count = sum(span.size for span in spans)
-    if count < size:  # the last chunk spans in the same program as the others
+    if count < size:  # the last chunk runs in the same program as the others
         parts.append(jax.tree.map(lambda a: jnp.repeat(a[-1:], size - count, 0), parts[-1]))
     w, inputs = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
     q, facts = jax.block_until_ready(_run(spans[0].job.config, w, inputs))
@@ -221,7 +221,7 @@ def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerRepor
         dropped_rows=None if dropped is None else int(dropped),
         rtn_error=number("rtn_error"),
         error=number("error"),
-        fallback=FALLBACKS[Fallback(int(facts.get("fallback", 0)))],
+        fallback=FALLBACKS[int(facts.get("fallback", Fallback.NONE))],
         info={k.removeprefix("info/"): number(k) for k in facts if k.startswith("info/")},
         seconds=seconds,
     )

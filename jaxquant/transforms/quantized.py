@@ -33,7 +33,8 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
     Raises:
       TypeError: (when called) a quantized weight enters an operation that is no known product, lookup or renaming, or
         is summed over other axes than those it was quantized along (as `jax.grad` inside `fn` does). The message names
-        the primitive and the parameter's path. Also where an input that is no array cannot be hashed.
+        the primitive and the parameter's path. Also where an input that is no array cannot be hashed, and where a
+        derivative goes through a function with a derivative rule of its own that takes a quantized weight.
     """
     compiled = (_compiled_once if _is_hashable(fn) else _compiled)(fn, allow_dense)
 

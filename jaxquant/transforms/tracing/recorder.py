@@ -60,12 +60,11 @@ class Use:
                 start += strides.get(lead.factor.axis, 0) * lead.factor.stride * lead.at
         result = np.full((), start)
         for f in self.stacked:
-            again = f in self.same and f.axis not in axes
-            steps = np.where(
-                again & (np.arange(f.size) > 0), -np.inf, strides.get(f.axis, 0) * f.stride * np.arange(f.size)
-            )
-            result = np.add.outer(result, steps)
-        return np.maximum(result, -1).astype(int).reshape(-1)
+            result = np.add.outer(result, strides.get(f.axis, 0) * f.stride * np.arange(f.size))
+        for dim, f in enumerate(self.stacked):
+            if f in self.same and f.axis not in axes:
+                result[(slice(None),) * dim + (slice(1, None),)] = -1
+        return result.reshape(-1)
 
     def widened(self, shards: Mapping[int, int]) -> "Use":
         """The use outside of `shard_map`, where each axis is that many times as wide; only whole axes are stacked."""
