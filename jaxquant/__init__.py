@@ -12,6 +12,7 @@ from jaxquant.numerics.affine import dequantize as dequantize
 from jaxquant.numerics.affine import fake_quantize as fake_quantize
 from jaxquant.numerics.affine import quantize as quantize
 from jaxquant.numerics.qtensor import QTensor as QTensor
+from jaxquant.numerics.spec import ActivationSpec as ActivationSpec
 from jaxquant.numerics.spec import QuantSpec as QuantSpec
 from jaxquant.numerics.spec import int3 as int3
 from jaxquant.numerics.spec import int4 as int4

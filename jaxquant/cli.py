@@ -18,7 +18,7 @@ from rich.table import Table
 from jaxquant import workflows
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.spec import QuantSpec
+from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
 MODEL_HELP = 'directory of a checkpoint, hub id, or "tinylm" for the packaged model'
 DATA_HELP = "file of text (.txt, .jsonl with a text field) or token ids (.npy, flat or [samples, time]); default: "
@@ -70,6 +70,9 @@ def _add_quantize(commands) -> None:
                        help="input channels that share a scale (default: %(default)s)")  # fmt: skip
     group.add_argument("--per-channel", action="store_true", help="one scale per output channel")
     parser.add_argument("--asymmetric", action="store_true", help="use zero points")
+    parser.add_argument("--activations", choices=("none", "dynamic", "static"), default="none",
+                        help="round the inputs of products to 8 bits: by token as they come, or by calibrated ranges "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--no-act-order", action="store_true", help="GPTQ: keep the order of the input channels")
     parser.add_argument("--calibration", metavar="FILE", help=DATA_HELP + "Python's standard library")
     parser.add_argument("--num-samples", type=int, default=128, metavar="N", help="default: %(default)s")
@@ -123,7 +126,9 @@ def _demo(args) -> None:
 
 def _quantize(args) -> None:
     group_size = None if args.per_channel else args.group_size
-    spec = QuantSpec(bits=args.bits, group_size=group_size, symmetric=not args.asymmetric)
+    activations = None if args.activations == "none" else ActivationSpec(static=args.activations == "static")
+    symmetric = not args.asymmetric
+    spec = QuantSpec(bits=args.bits, group_size=group_size, symmetric=symmetric, activations=activations)
     if args.method == "rtn" and args.no_act_order:
         raise ValueError("--no-act-order is read by --method gptq only; leave it out")
     config = RTN(spec) if args.method == "rtn" else GPTQ(spec, act_order=not args.no_act_order)

@@ -47,7 +47,7 @@ def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> 
     Args:
       name: a local directory, a hub id ("owner/model"), or "tinylm", the model in the package. Read are float
         checkpoints in safetensors, what `save` writes in any format, and compressed-tensors' `pack-quantized`
-        weights from elsewhere.
+        and `int-quantized` weights from elsewhere.
       dtype: of the computation; None takes that of the largest parameter.
 
     Returns:
@@ -143,9 +143,9 @@ def _open(directory: Path, storage: Any, config: DecoderConfig) -> Mapping[str, 
     method = storage.get("quant_method") if isinstance(storage, dict) else storage
     if method != METHOD:
         raise ValueError(f"{directory / CONFIG}: quant_method={method!r} is not read; supported: {METHOD}")
-    packed = CompressedTensors(directory, storage)
-    _check_stacks(config, packed.specs)
-    return packed
+    tensors = CompressedTensors(directory, storage, _classes(config))
+    _check_stacks(config, tensors.specs)
+    return tensors
 
 
 def _check_stacks(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> None:
@@ -180,19 +180,27 @@ def _write_model(directory: Path, model: Model, params: Any, format: Format) -> 
         write_tree(directory, params)
         write_json(directory / CONFIG, hf_config)
     else:
+        if model.config.tie_embeddings and is_qtensor(params["embed_tokens"]["embedding"]):
+            raise ValueError(
+                "embed_tokens/embedding is the output head too, and readers of compressed-tensors cannot share a "
+                "quantized weight; leave it as it is, or format='jaxquant'"
+            )
         tensors = tensors_from_params(model.config, params)
-        write_compressed_tensors(directory, hf_config, tensors, _linears(model.config))
+        write_compressed_tensors(directory, hf_config, tensors, _classes(model.config))
     if source is not None:
         copy_companions(Path(source), directory)
 
 
-def _linears(config: DecoderConfig) -> list[str]:
-    """Hugging Face's names of all Linear modules; the output head is one even where it shares its weight."""
+def _classes(config: DecoderConfig) -> dict[str, str]:
+    """Hugging Face's names of all Linear and Embedding modules, with their class.
+
+    The output head is a Linear even where it shares its weight.
+    """
     family = FAMILIES[config.architecture]
     weights = [
-        entry.name.format(layer=layer)
+        (entry.name.format(layer=layer), "Linear" if entry.transposed else "Embedding")
         for entry in (*family.tensors, family.head)
-        if entry.transposed
+        if entry.transposed or entry.path.endswith("/embedding")
         for layer in range(config.num_layers if entry.stacked else 1)
     ]
-    return [weight.removesuffix(".weight") for weight in weights]
+    return {name.removesuffix(".weight"): kind for name, kind in weights}

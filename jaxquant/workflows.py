@@ -17,6 +17,7 @@ from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms.calibrate import calibrate
 from jaxquant.transforms.quantize import quantize_params
+from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
@@ -133,7 +134,7 @@ def quantize_checkpoint(
     _check_finite(directory, params)
     recipe = model.recipe(config)
     stats = None
-    if config.needs_statistics or calibration is not None:
+    if needs_statistics(config) or calibration is not None:
         samples = calibration_samples(model, TextSource(directory), calibration, num_samples, seq_len)
         stats = calibrate(model.apply, params, batches(samples, progress), recipe=recipe)
     params, report = quantize_params(params, stats, recipe, progress=lambda *n: progress("quantizing", *n))

@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from safetensors.numpy import load_file, save_file
 
-from jaxquant.checkpoints import compressed_tensors as ct
+from jaxquant.checkpoints import pack_quantized
 from jaxquant.checkpoints.compressed_tensors import CompressedTensors, write_compressed_tensors
 from jaxquant.checkpoints.compressed_tensors_config import describe, find_spec, read_groups
 from jaxquant.checkpoints.pack_quantized import pack, unpack
@@ -45,8 +45,7 @@ def golden(name):
 
 def read_golden(name):
     vectors, arrays, spec = golden(name)
-    packed = (arrays["weight_packed"], arrays["weight_scale"], arrays.get("weight_zero_point"))
-    return vectors, unpack(*packed, vectors["weight_shape"][1], spec)
+    return vectors, unpack(arrays, spec)
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W8A16", "W4A16_ASYM"])
@@ -89,7 +88,8 @@ def random_codes(bits, k, n, symmetric=True):
 
 def unpack_like(q, packed, zero_point=None):
     """Codes from elsewhere, with the scales and the shape of `q`."""
-    return unpack(packed, np.asarray(q.scale).T, zero_point, q.shape[0], q.spec)
+    arrays = {"weight_packed": packed, "weight_scale": np.asarray(q.scale).T, "weight_shape": np.array(q.shape[::-1])}
+    return unpack(arrays if zero_point is None else arrays | {"weight_zero_point": zero_point}, q.spec)
 
 
 def same_leaves(a, b):
@@ -140,6 +140,7 @@ def test_the_layout_of_old_releases_is_read(bits, k):
 
 
 LINEARS = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.down", "model.layers.1.down", "lm_head"]
+CLASSES = {**dict.fromkeys(LINEARS, "Linear"), "model.embed": "Embedding"}
 INT4, INT8 = QuantSpec(bits=4, group_size=32), QuantSpec(bits=8)
 
 
@@ -154,8 +155,8 @@ def model_tensors(**specs):
     return {"model.norm.weight": np.ones(64, np.float32), **quantized}
 
 
-def write(directory, tensors, hf_config=None, linears=LINEARS):
-    write_compressed_tensors(directory, hf_config or {"model_type": "llama"}, tensors, linears)
+def write(directory, tensors, hf_config=None):
+    write_compressed_tensors(directory, hf_config or {"model_type": "llama"}, tensors, CLASSES)
     return json.loads((directory / "config.json").read_text())
 
 
@@ -173,7 +174,7 @@ def test_write_and_read(tmp_path):
         "model.layers.0.q_proj.weight_scale": ("float32", (8, 2)),
         "model.layers.0.q_proj.weight_shape": ("int64", (2,)),
     }
-    read = CompressedTensors(tmp_path, config["quantization_config"])
+    read = CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
     assert set(read) == set(tensors)
     assert len(read) == len(tensors)
     assert "model.layers.0.q_proj.weight_packed" not in read
@@ -182,7 +183,7 @@ def test_write_and_read(tmp_path):
 
 
 def test_one_spec_is_the_group_of_all_linears():
-    config = describe(dict.fromkeys(LINEARS[:4], INT4), LINEARS)
+    config = describe(dict.fromkeys(LINEARS[:4], INT4), CLASSES)
     expected = copy.deepcopy(GOLDEN["W4A16"]["quantization_config"])
     del expected["moe_sparsity_config"]  # new in 0.20, optional
     expected["config_groups"]["group_0"]["weights"]["group_size"] = 32
@@ -207,7 +208,7 @@ CHANNEL, THREE = QuantSpec(bits=4), QuantSpec(bits=3, group_size=32)
     ],
 )
 def test_several_specs_are_groups_that_upstream_understands(specs, targets):
-    config = describe(specs, LINEARS)
+    config = describe(specs, CLASSES)
     assert [group["targets"] for group in config["config_groups"].values()] == targets
     assert config["ignore"] == [module for module in LINEARS if module not in specs]
     upstream = QuantizationConfig.model_validate(config)
@@ -215,7 +216,7 @@ def test_several_specs_are_groups_that_upstream_understands(specs, targets):
     for module, spec in specs.items():
         named = [g for g in upstream.config_groups.values() if any(match_name(module, t) for t in g.targets)]
         assert [(g.weights.num_bits, g.weights.group_size) for g in named] == [(spec.bits, spec.group_size)]
-        assert find_spec(module, groups) == spec
+        assert find_spec(module, "Linear", groups) == spec
 
 
 def test_reading_prefers_a_name_to_a_pattern_and_both_to_the_class():
@@ -225,7 +226,7 @@ def test_reading_prefers_a_name_to_a_pattern_and_both_to_the_class():
 
     config = {"config_groups": {"a": group(2, "Linear"), "b": group(3, r"re:.*\.down"), "c": group(4, "x.down")}}
     groups = read_groups(config)
-    assert [find_spec(module, groups).bits for module in ("x.down", "y.down", "y.up")] == [4, 3, 2]
+    assert [find_spec(module, "Linear", groups).bits for module in ("x.down", "y.down", "y.up")] == [4, 3, 2]
 
 
 def bfloat16_scales(q, **fields):
@@ -237,8 +238,9 @@ REFUSED = {
     "nothing quantized": ({UP: np.ones((8, 64), np.float32)}, "nothing is quantized.*format='jaxquant'"),
     "narrow range": ({UP: weight(QuantSpec(narrow_range=True))}, "narrow_range has no place in the format"),
     "per tensor": ({UP: weight(QuantSpec(granularity="per_tensor"))}, "granularity per_tensor is not supported"),
-    "embedding": ({"model.embed.weight": weight(INT4)}, "model.embed.weight: it is quantized but no Linear"),
-    "stacked": ({UP: weight(INT4, (2, 64, 8))}, r"\[2, 64, 8\] contracted over \(-2,\); expected \[in, out\]"),
+    "no module": ({"model.norm.weight": weight(INT4)}, "model.norm.weight: it is quantized but no Linear or Embedding"),
+    "embedding": ({"model.embed.weight": weight(INT4)}, r"contracted over \(-2,\); expected the matrix of a Embedding"),
+    "stacked": ({UP: weight(INT4, (2, 64, 8))}, r"\[2, 64, 8\] contracted over \(-2,\); expected the matrix of a"),
     "transposed": ({UP: weight(INT4, contract=(-1,), out=(-2,), shape=(8, 64))}, r"contracted over \(-1,\)"),
     "other scales": ({UP: bfloat16_scales(weight(INT4))}, "stands for float32 and has bfloat16 scales"),
     "float64": ({UP: weight(INT4), "x": np.ones(3)}, "x: it is float64; cast it to one of float32"),
@@ -264,7 +266,7 @@ def test_codes_that_read_back_differently_are_an_error(tmp_path, monkeypatch):
         arrays["weight_packed"][0, 0] ^= 1
         return arrays
 
-    monkeypatch.setattr(ct, "pack", wrong)
+    monkeypatch.setattr(pack_quantized, "pack", wrong)
     with pytest.raises(OSError, match=f"{LINEARS[0]} reads back differently from what was written"):
         write(tmp_path, model_tensors(q0=INT4))
 
@@ -282,30 +284,36 @@ def damage(directory, **arrays):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"weight_scale": None}, "q_proj.weight_scale is missing beside"),
-        ({"weight_shape": None}, "q_proj.weight_shape is missing beside"),
+        ({"weight_scale": None}, "q_proj.weight_scale is missing, but the"),
+        ({"weight_shape": None}, "q_proj.weight_shape is missing, but the"),
         ({"weight_shape": np.array([8, 8, 8])}, "two sizes are expected"),
         ({"weight_shape": np.array([8, -64])}, "two sizes are expected"),
         ({"weight_shape": np.ones(2, np.float32)}, "two sizes are expected"),
-        ({"weight_shape": np.array([8, 2**60])}, "do not fit QuantSpec"),
+        ({"weight_shape": np.array([8, 2**60])}, "which does not fit QuantSpec"),
         ({"weight_shape": np.array([8, 62])}, "group_size=32 does not divide"),
-        ({"weight_packed": np.zeros((8, 8), np.int64)}, r"has packed codes int64\[8, 8\]"),
-        ({"weight_packed": np.zeros((8, 9), np.int32)}, r"packed codes int32\[8, 9\] .* do not fit"),
-        ({"weight_scale": np.zeros((8, 3), np.float32)}, r"scales \[8, 3\], which do not fit"),
+        ({"weight_packed": np.zeros((8, 8), np.int64)}, r"q_proj.weight_packed is int64\[8, 8\], which does not"),
+        (
+            {"weight_packed": np.zeros((8, 9), np.int32)},
+            r"packed is int32\[8, 9\], which .* expected int32\[8, 8\]",
+        ),
+        (
+            {"weight_scale": np.zeros((8, 3), np.float32)},
+            r"scale is float32\[8, 3\], which .* expected \[8, 2\]",
+        ),
         ({"weight_scale": np.zeros((8, 2), np.float64)}, r"scales of \['float32', 'float64'\]; expected one of"),
         ({"weight_scale": np.zeros((8, 2), np.float16)}, r"scales of \['float16', 'float32'\]; expected one of"),
         (
             {"weight_zero_point": np.zeros((1, 2), np.int32)},
-            "weight_zero_point beside symmetric codes",
+            "weight_zero_point is not supported beside pack-quantized",
         ),
-        ({"weight": np.zeros((8, 64), np.float32)}, "q_proj.weight beside packed codes is not supported"),
+        ({"weight": np.zeros((8, 64), np.float32)}, "q_proj.weight is not supported beside pack-quantized"),
     ],
 )
 def test_damaged_tensors_are_one_clear_error(tmp_path, arrays, message):
     config = write(tmp_path, model_tensors(q0=INT4, q1=INT4))
     damage(tmp_path, **arrays)
     with pytest.raises(ValueError, match=message):
-        CompressedTensors(tmp_path, config["quantization_config"])
+        CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
 
 
 def test_a_checkpoint_of_an_old_release_is_read(tmp_path):
@@ -314,22 +322,25 @@ def test_a_checkpoint_of_an_old_release_is_read(tmp_path):
     old = layout_before_0_18(np.asarray(q.codes), 3)
     assert old.shape == (8, 7)  # ten codes in a word: 64 take 7, where the dense layout takes 6
     damage(tmp_path, weight_packed=old)
-    assert same_leaves(CompressedTensors(tmp_path, config["quantization_config"])[UP], q)
+    assert same_leaves(CompressedTensors(tmp_path, config["quantization_config"], CLASSES)[UP], q)
 
 
 @pytest.mark.parametrize(
     ("zero_point", "message"),
     [
-        (None, "q_proj.weight_zero_point is missing beside"),
-        (np.zeros((2, 2), np.int32), r"weight_zero_point does not fit .*; expected int32\[1, 2\]"),
-        (np.zeros((1, 2), np.int8), "weight_zero_point does not fit"),
+        (None, "q_proj.weight_zero_point is missing, but the"),
+        (
+            np.zeros((2, 2), np.int32),
+            r"zero_point is int32\[2, 2\], which .* expected int32\[1, 2\]",
+        ),
+        (np.zeros((1, 2), np.int8), r"weight_zero_point is int8\[1, 2\], which does not fit"),
     ],
 )
 def test_damaged_zero_points_are_one_clear_error(tmp_path, zero_point, message):
     config = write(tmp_path, {UP: weight(QuantSpec(bits=4, group_size=32, symmetric=False))})
     damage(tmp_path, weight_zero_point=zero_point)
     with pytest.raises(ValueError, match=message):
-        CompressedTensors(tmp_path, config["quantization_config"])
+        CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
 
 
 def edit(path, value):
@@ -348,19 +359,23 @@ def edit(path, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edit("format", "int-quantized"), "format='int-quantized' is not supported"),
+        (edit("format", "float-quantized"), "format='float-quantized' is not supported"),
+        (edit("....format", "int-quantized"), "format='int-quantized' without input_activations is not supported"),
         (edit("quant_method", "gptq"), "quant_method='gptq' is not supported"),
         (edit("transform_config", {"R1": {}}), "transform_config=.* is not supported"),
         (edit("kv_cache_scheme", {"num_bits": 8}), "kv_cache_scheme=.* is not supported"),
         (edit("surprise", 1), "quantization_config: surprise=1 is not supported"),
         (edit("config_groups", []), r"config_groups=\[\] is not supported; expected named groups"),
-        (edit("config_groups", {}), "q_proj is packed, but no group of the quantization_config names it"),
+        (edit("config_groups", {}), "q_proj is quantized, but no group of the quantization_config names it"),
         (edit("...", "W4A16"), "group_0: 'W4A16' is not supported; expected an object"),
-        (edit("....input_activations", {"num_bits": 8}), "group_0: input_activations=.* is not supported"),
+        (
+            edit("....input_activations", {"num_bits": 8}),
+            "'pack-quantized' with input_activations is not",
+        ),
         (edit("....targets", "Linear"), "targets='Linear' is not supported; expected names"),
         (edit("....targets", ["re:("]), r"target 're:\(' is no regular expression"),
         (edit("....weights", None), "group_0: weights: None is not supported"),
-        (edit("....weights.symmetric", False), "q_proj.weight_zero_point is missing beside"),
+        (edit("....weights.symmetric", False), "q_proj.weight_zero_point is missing, but the"),
         (edit("....weights.symmetric", None), "weights: symmetric=None is not supported"),
         (edit("....weights.type", "float"), "weights: type='float' is not supported"),
         (edit("....weights.strategy", "tensor"), "weights: strategy='tensor' is not supported"),
@@ -368,7 +383,7 @@ def edit(path, value):
         (edit("....weights.group_size", None), "strategy='group' with group_size=None is not supported"),
         (edit("....weights.group_size", -3), "group_0: group_size=-3 must be a positive whole number"),
         (edit("....weights.num_bits", 1), "group_0: bits=1 is not supported"),
-        (edit("....weights.num_bits", 8), "do not fit QuantSpec"),
+        (edit("....weights.num_bits", 8), "does not fit QuantSpec"),
         (edit("....weights.actorder", "group"), "actorder='group' is not supported"),
     ],
 )
@@ -376,7 +391,7 @@ def test_a_configuration_that_is_not_understood_is_one_clear_error(tmp_path, cha
     config = write(tmp_path, model_tensors(q0=INT4))["quantization_config"]
     change(config)
     with pytest.raises(ValueError, match=message):
-        CompressedTensors(tmp_path, config)
+        CompressedTensors(tmp_path, config, CLASSES)
 
 
 def test_what_other_writers_add_is_understood(tmp_path):
@@ -390,4 +405,4 @@ def test_what_other_writers_add_is_understood(tmp_path):
         "scale_dtype": None,
         "zp_dtype": None,
     }
-    assert CompressedTensors(tmp_path, config).specs == {UP: INT4}
+    assert CompressedTensors(tmp_path, config, CLASSES).specs == {UP: INT4}

@@ -1,13 +1,14 @@
-"""compressed-tensors' `pack-quantized`: integer weights as vLLM and transformers read them.
+"""compressed-tensors: integer weights as vLLM and transformers read them.
 
-The arrays of each weight are described in `pack_quantized`; `quantization_config` in config.json says which modules
-have which bits and groups.
+The arrays of each weight are described in `pack_quantized` and, where the inputs of a weight are rounded too, in
+`int_quantized`; `quantization_config` in config.json says which modules have which bits and groups.
 
-Only what the format can say is written: codes in the full range, one matrix per Linear, scales in the dtype
-of the model (readers cast them to it).
+Only what the format can say is written: codes in the full range, one matrix per Linear or Embedding, scales in the
+dtype of the model (readers cast them to it).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +16,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.checkpoints.compressed_tensors_config import check_spec, describe, find_spec, read_groups
+from jaxquant.checkpoints import int_quantized, pack_quantized
+from jaxquant.checkpoints.compressed_tensors_config import AXES, check_spec, describe, find_spec, format_of, read_groups
 from jaxquant.checkpoints.huggingface import CONFIG
+from jaxquant.checkpoints.int_quantized import INPUT_ZERO
 from jaxquant.checkpoints.json_file import write_json
-from jaxquant.checkpoints.pack_quantized import PARTS, old_words, pack, unpack, words
 from jaxquant.checkpoints.tensors import Tensors, same_bits, write_tensors
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
+from jaxquant.numerics.spec import QuantSpec
 
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = {layout.FORMAT: layout for layout in (pack_quantized, int_quantized)}
+PARTS = {part for layout in LAYOUTS.values() for part in layout.PARTS}
 
 
 def write_compressed_tensors(
-    directory: Path, hf_config: Mapping[str, Any], tensors: Mapping[str, Any], linears: Collection[str]
+    directory: Path, hf_config: Mapping[str, Any], tensors: Mapping[str, Any], classes: Mapping[str, str]
 ) -> None:
     """Writes tensors and config.json into an existing directory, and reads the codes and scales back to be sure.
 
     Args:
       directory: an existing directory without safetensors.
       hf_config: the model's config.json.
-      tensors: by Hugging Face's names. Floating arrays `[out, in]` as they lie in a checkpoint; QTensors `[in, out]`
-        under the names of the weights that they stand for ("model.layers.0.mlp.up_proj.weight").
-      linears: every Linear module of the model, quantized or not, a tied output head included.
+      tensors: by Hugging Face's names. Floating arrays `[out, in]` as they lie in a checkpoint; QTensors under the
+        names of the weights that they stand for ("model.layers.0.mlp.up_proj.weight"), `[in, out]` contracted over -2,
+        or `[rows, features]` contracted over -1 for an embedding.
+      classes: "Linear" or "Embedding" for every such module of the model, quantized or not, a tied output head
+        included.
 
     Raises:
       ValueError: something cannot be expressed in the format, or nothing is quantized. Nothing has been written then.
       OSError: the disk refuses, or what it returns is not what was written.
     """
     quantized = {name.removesuffix(".weight"): leaf for name, leaf in tensors.items() if is_qtensor(leaf)}
-    _check_expressible(tensors, quantized, linears)
+    _check_expressible(tensors, quantized, classes)
     stored = {name: leaf for name, leaf in tensors.items() if not is_qtensor(leaf)}
     for module, q in quantized.items():
-        stored |= {f"{module}.{part}": array for part, array in pack(q).items()}
+        stored |= {f"{module}.{part}": array for part, array in LAYOUTS[format_of(q.spec)].pack(q).items()}
     write_tensors(directory, stored)
-    quantization_config = describe({module: q.spec for module, q in quantized.items()}, linears)
+    quantization_config = describe({module: q.spec for module, q in quantized.items()}, classes)
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]  # transformers 5 and 4
     dtype = next(iter(quantized.values())).dtype
     config = {**hf_config, **dict.fromkeys(dtype_keys, dtype), "quantization_config": quantization_config}
     write_json(directory / CONFIG, config)
-    read = CompressedTensors(directory, quantization_config)
+    read = CompressedTensors(directory, quantization_config, classes)
     for module, q in quantized.items():
         again = read[f"{module}.weight"]
         if not all(same_bits(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True)):
@@ -60,9 +67,10 @@ def write_compressed_tensors(
 
 
 class CompressedTensors(Mapping[str, Any]):
-    """The tensors of a pack-quantized directory by name, each read when it is asked for.
+    """The tensors of a compressed-tensors directory by name, each read when it is asked for.
 
-    Quantized weights are QTensors `[in, out]` under the name of the weight, others NumPy arrays `[out, in]` as stored.
+    Quantized weights are QTensors under the name of the weight, `[in, out]`, or `[rows, features]` for an embedding;
+    others NumPy arrays `[out, in]` as stored.
 
     Attributes:
       specs: of the quantized weights, by name.
@@ -71,30 +79,34 @@ class CompressedTensors(Mapping[str, Any]):
       FileNotFoundError, ValueError: as `Tensors`; or the configuration is not understood, or does not fit the tensors.
     """
 
-    def __init__(self, directory: Path, quantization_config: Mapping[str, Any]):
-        self._tensors = Tensors(directory)
+    def __init__(self, directory: Path, quantization_config: Mapping[str, Any], classes: Mapping[str, str]):
+        self._tensors, self._classes = Tensors(directory), classes
         groups = read_groups(quantization_config)
-        modules = {name.removesuffix(".weight_packed") for name in self._tensors if name.endswith(".weight_packed")}
-        self._plain = set()
+        parts: dict[str, set[str]] = {}
         for name in self._tensors:
             module, _, part = name.rpartition(".")
-            if module not in modules or part == "bias":
-                self._plain.add(name)
-            elif part not in PARTS:
-                raise ValueError(f"{directory}: {name} beside packed codes is not supported")
-        self.specs = {f"{module}.weight": find_spec(module, groups) for module in sorted(modules)}
-        self._in_features = {name: self._check(name) for name in self.specs}
-        dtypes = {self._tensors.layout(f"{name}_scale")[0] for name in self.specs}
+            parts.setdefault(module, set()).add(part)
+        modules = sorted(module for module, found in parts.items() if found & PARTS)
+        self.specs = {f"{m}.weight": find_spec(m, classes.get(m, "Linear"), groups) for m in modules}
+        self._parts = {m: self._check(m, parts[m] - {"bias"}) for m in modules}
+        quantized = {f"{m}.{part}" for m, found in self._parts.items() for part in found}
+        self._plain = {name for name in self._tensors if name not in quantized}
+        scales = {name for name in quantized if name.endswith("_scale")}
+        dtypes = {self._tensors.layout(name)[0] for name in scales}
         if not dtypes <= {*MODEL_DTYPES} or len(dtypes) > 1:
             raise ValueError(f"{directory}: scales of {sorted(dtypes)}; expected one of {', '.join(MODEL_DTYPES)}")
 
     def __getitem__(self, name: str) -> Any:
         if name in self._plain:
             return self._tensors[name]
-        spec = self.specs[name]
-        zero_point = None if spec.symmetric else self._tensors[f"{name}_zero_point"]
-        packed, scale = self._tensors[f"{name}_packed"], self._tensors[f"{name}_scale"]
-        return unpack(packed, scale, zero_point, self._in_features[name], spec)
+        spec, module = self.specs[name], name.removesuffix(".weight")
+        arrays = {part: self._tensors[f"{module}.{part}"] for part in self._parts[module]}
+        try:
+            q = LAYOUTS[format_of(spec)].unpack(arrays, spec)
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+        contract, out = AXES[self._classes.get(module, "Linear")]
+        return dataclasses.replace(q, contract=contract, out=out)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._plain
@@ -103,38 +115,47 @@ class CompressedTensors(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._plain) + len(self.specs)
 
-    def _check(self, name: str) -> int:
-        """Compares the tensors of a weight with its spec; returns its input features."""
-        spec = self.specs[name]
-        parts = ("scale", "shape") if spec.symmetric else ("scale", "shape", "zero_point")
-        missing = [f"{name}_{part}" for part in parts if f"{name}_{part}" not in self._tensors]
+    def _check(self, module: str, found: set[str]) -> set[str]:
+        """Compares the parts of a weight with its spec; returns those that there are."""
+        spec = self.specs[f"{module}.weight"]
+        layout = LAYOUTS[format_of(spec)]
+        missing = sorted(layout.REQUIRED - found)
+        shapes = {} if missing else layout.shapes(*self._matrix_shape(module, spec), spec)
+        missing += sorted(shapes.keys() - found)
         if missing:
-            raise ValueError(f"{missing[0]} is missing beside {name}_packed; download or write the checkpoint again")
-        if spec.symmetric and f"{name}_zero_point" in self._tensors:
-            raise ValueError(f"{name}_zero_point beside symmetric codes is not supported")
-        n, k = _matrix_shape(name, self._tensors[f"{name}_shape"])
-        groups = spec.num_groups(k)
-        dtype, packed = self._tensors.layout(f"{name}_packed")
-        _, scale = self._tensors.layout(f"{name}_scale")
-        widths = {words(k, spec.bits), old_words(k, spec.bits)}
-        if dtype != "int32" or packed not in {(n, width) for width in widths} or scale != (n, groups):
             raise ValueError(
-                f"{name} of {n} x {k} has packed codes {dtype}{list(packed)} and scales {list(scale)}, "
-                f"which do not fit {spec}"
+                f"{module}.{missing[0]} is missing, but the quantization_config says {layout.FORMAT} with {spec}; "
+                "download or write the checkpoint again"
             )
-        zeros = ("int32", (words(n, spec.bits), groups))
-        if not spec.symmetric and self._tensors.layout(f"{name}_zero_point") != zeros:
-            raise ValueError(f"{name}_zero_point does not fit {spec}; expected {zeros[0]}{list(zeros[1])}")
-        return k
+        if INPUT_ZERO in found and spec.static_activations:
+            shapes[INPUT_ZERO] = [(1,)]
+        left_over = sorted(found - shapes.keys())
+        if left_over:
+            raise ValueError(f"{module}.{left_over[0]} is not supported beside {layout.FORMAT} codes of {spec}")
+        for part, allowed in shapes.items():
+            dtype, shape = self._tensors.layout(f"{module}.{part}")
+            if shape not in allowed or dtype != layout.DTYPES.get(part, dtype):
+                raise ValueError(
+                    f"{module}.{part} is {dtype}{list(shape)}, which does not fit {spec}; expected "
+                    f"{layout.DTYPES.get(part, '')}{list(allowed[0])}"
+                )
+        return found
+
+    def _matrix_shape(self, module: str, spec: QuantSpec) -> tuple[int, int]:
+        """Outputs and inputs of a weight."""
+        if spec.activations is not None:
+            _, shape = self._tensors.layout(f"{module}.weight")
+        else:
+            stored = self._tensors[f"{module}.weight_shape"]
+            shape = tuple(stored.tolist()) if stored.ndim == 1 and np.issubdtype(stored.dtype, np.integer) else ()
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"{module}: the shape of its weight is {list(shape)}, but two sizes are expected")
+        return shape[0], shape[1]
 
 
-def _matrix_shape(name: str, shape: np.ndarray) -> tuple[int, int]:
-    if shape.shape != (2,) or not np.issubdtype(shape.dtype, np.integer) or np.any(shape < 1):
-        raise ValueError(f"{name}_shape is {shape.tolist()}, but two sizes are expected")
-    return int(shape[0]), int(shape[1])
-
-
-def _check_expressible(tensors: Mapping[str, Any], quantized: Mapping[str, QTensor], linears: Collection[str]) -> None:
+def _check_expressible(
+    tensors: Mapping[str, Any], quantized: Mapping[str, QTensor], classes: Mapping[str, str]
+) -> None:
     """Raises ValueError for the first thing that the format cannot say."""
     if not quantized:
         raise ValueError("nothing is quantized, and compressed-tensors stores quantized models; use format='jaxquant'")
@@ -142,10 +163,12 @@ def _check_expressible(tensors: Mapping[str, Any], quantized: Mapping[str, QTens
         try:
             if not is_qtensor(leaf):
                 _check_array(leaf)
-            elif name.removesuffix(".weight") not in linears:
-                raise ValueError("it is quantized but no Linear of the model; leave it as it is, or format='jaxquant'")
+            elif name.removesuffix(".weight") not in classes:
+                raise ValueError(
+                    "it is quantized but no Linear or Embedding of the model; leave it as it is, or format='jaxquant'"
+                )
             else:
-                _check_qtensor(leaf)
+                _check_qtensor(leaf, classes[name.removesuffix(".weight")])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     dtypes = sorted({q.dtype for q in quantized.values()})
@@ -153,18 +176,19 @@ def _check_expressible(tensors: Mapping[str, Any], quantized: Mapping[str, QTens
         raise ValueError(f"the quantized weights stand for weights of {dtypes}, but the format has one dtype per model")
 
 
-def _check_qtensor(q: QTensor) -> None:
+def _check_qtensor(q: QTensor, kind: str) -> None:
     q.validate()
     check_spec(q.spec)
-    if q.ndim != 2 or q.contract != (-2,):
-        raise ValueError(f"{list(q.shape)} contracted over {q.contract}; expected [in, out] contracted over (-2,)")
+    if q.ndim != 2 or (q.contract, q.out) != AXES[kind]:
+        raise ValueError(
+            f"{list(q.shape)} contracted over {q.contract}; expected the matrix of a {kind}, contracted over "
+            f"{AXES[kind][0]}"
+        )
     if q.dtype not in MODEL_DTYPES or q.scale.dtype.name != q.dtype:
         raise ValueError(
             f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so "
             f"both must be the same one of {', '.join(MODEL_DTYPES)}"
         )
-    if len(jax.tree.leaves(q)) > 2 + (q.zero_point is not None):
-        raise ValueError("it holds more than codes and scales, which the format has no place for")
 
 
 def _check_array(array: Any) -> None:

@@ -6,19 +6,22 @@ regular expression ("re:...") that matches from the start of the name.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxquant.numerics.spec import QuantSpec
+from jaxquant.checkpoints import int_quantized, pack_quantized
+from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
 METHOD = "compressed-tensors"
-FORMAT = "pack-quantized"
+MIXED = "mixed-precision"  # modules of several formats in one model
+FORMATS = (pack_quantized.FORMAT, int_quantized.FORMAT)
+AXES = {"Linear": ((-2,), (-1,)), "Embedding": ((-1,), (-2,))}  # contract and out of the weights of a class of modules
 
 # What is understood of each key when a configuration is read: its values, or None where any will do.
 Understood = Mapping[str, tuple | None]
 _TOP: Understood = {
     "quant_method": (METHOD,),
-    "format": (FORMAT,),
+    "format": (*FORMATS, MIXED),
     "quantization_status": ("compressed",),
     "config_groups": None,
     "ignore": None,  # the tensors tell which modules are not quantized
@@ -32,9 +35,9 @@ _TOP: Understood = {
 _GROUP: Understood = {
     "targets": None,
     "weights": None,
-    "input_activations": (None,),
+    "input_activations": None,
     "output_activations": (None,),
-    "format": (None, FORMAT),
+    "format": (None, *FORMATS),
 }
 _WEIGHTS: Understood = {
     "num_bits": None,
@@ -50,6 +53,13 @@ _WEIGHTS: Understood = {
     "observer_kwargs": None,
     "zp_dtype": None,  # they are stored as codes, in the width of the codes
 }
+_ACTIVATIONS: Understood = {
+    **_WEIGHTS,
+    "strategy": ("token", "tensor"),
+    "group_size": (None,),
+    "dynamic": (True, False),
+    "actorder": (None,),
+}
 
 
 class Group(NamedTuple):
@@ -57,6 +67,11 @@ class Group(NamedTuple):
 
     targets: list[str]
     spec: QuantSpec
+
+
+def format_of(spec: QuantSpec) -> str:
+    """The format of a weight: whether its inputs are rounded too decides."""
+    return pack_quantized.FORMAT if spec.activations is None else int_quantized.FORMAT
 
 
 def check_spec(spec: QuantSpec) -> None:
@@ -70,16 +85,17 @@ def check_spec(spec: QuantSpec) -> None:
         raise ValueError(f"cannot be written as compressed-tensors: {reason}, or format='jaxquant'")
 
 
-def describe(specs: Mapping[str, QuantSpec], linears: Collection[str]) -> dict[str, Any]:
-    """The `quantization_config` for quantized modules (name -> spec) among all Linear modules of a model."""
-    groups = [_describe_group(spec, _targets(spec, specs)) for spec in dict.fromkeys(specs.values())]
+def describe(specs: Mapping[str, QuantSpec], classes: Mapping[str, str]) -> dict[str, Any]:
+    """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class)."""
+    groups = [_describe_group(spec, _targets(spec, specs, classes)) for spec in dict.fromkeys(specs.values())]
+    formats = {group["format"] for group in groups}
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": [module for module in linears if module not in specs],
+        "ignore": [module for module, kind in classes.items() if kind == "Linear" and module not in specs],
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
     }
 
@@ -91,23 +107,23 @@ def read_groups(quantization_config: Mapping[str, Any]) -> list[Group]:
       ValueError: a key or a value is not understood.
     """
     _check("quantization_config", quantization_config, _TOP)
-    groups = quantization_config.get("config_groups")
+    groups, format = quantization_config.get("config_groups"), quantization_config.get("format")
     if not isinstance(groups, dict):
         raise ValueError(f"quantization_config: config_groups={groups!r} is not supported; expected named groups")
-    return [_read_group(f"quantization_config: {name}", group) for name, group in groups.items()]
+    return [_read_group(f"quantization_config: {name}", group, format) for name, group in groups.items()]
 
 
-def find_spec(module: str, groups: list[Group]) -> QuantSpec:
-    """The spec of a module: the group that names it, else the first whose pattern fits, else that of all Linears.
+def find_spec(module: str, kind: str, groups: list[Group]) -> QuantSpec:
+    """The spec of a module: the group that names it, else the first whose pattern fits, else that of its class `kind`.
 
     Raises:
       ValueError: there is none, or a pattern is no regular expression.
     """
-    for fits in (_is_name, _is_pattern, _is_class):
+    for name, fits in ((module, _is_name), (module, _is_pattern), (kind, _is_name)):
         for group in groups:
-            if any(fits(target, module) for target in group.targets):
+            if any(fits(target, name) for target in group.targets):
                 return group.spec
-    raise ValueError(f"{module} is packed, but no group of the quantization_config names it")
+    raise ValueError(f"{module} is quantized, but no group of the quantization_config names it")
 
 
 def _describe_group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
@@ -119,14 +135,27 @@ def _describe_group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
         "group_size": spec.group_size,
         "dynamic": False,
     }
-    activations = {"input_activations": None, "output_activations": None}
-    return {"targets": targets, "weights": weights, **activations, "format": FORMAT}
+    activations = {"input_activations": _describe_activations(spec.activations), "output_activations": None}
+    return {"targets": targets, "weights": weights, **activations, "format": format_of(spec)}
 
 
-def _targets(spec: QuantSpec, specs: Mapping[str, QuantSpec]) -> list[str]:
+def _describe_activations(activations: ActivationSpec | None) -> dict[str, Any] | None:
+    if activations is None:
+        return None
+    return {
+        "num_bits": activations.bits,
+        "type": "int",
+        "symmetric": activations.symmetric,
+        "strategy": str(activations.granularity).removeprefix("per_"),
+        "group_size": None,
+        "dynamic": not activations.static,
+    }
+
+
+def _targets(spec: QuantSpec, specs: Mapping[str, QuantSpec], classes: Mapping[str, str]) -> list[str]:
     """What names the modules of one spec and no module of another."""
     if set(specs.values()) == {spec}:
-        return ["Linear"]
+        return sorted({classes[module] for module in specs}, reverse=True)
     patterns: dict[str, set[QuantSpec]] = {}
     for module, other in specs.items():
         patterns.setdefault(_pattern(module), set()).add(other)
@@ -140,10 +169,12 @@ def _pattern(module: str) -> str:
     return "re:^" + r"\.".join(parts) + "$"
 
 
-def _read_group(where: str, group: Any) -> Group:
+def _read_group(where: str, group: Any, format: Any) -> Group:
     _check(where, group, _GROUP)
-    weights, targets = group.get("weights"), group.get("targets")
+    weights, targets, activations = group.get("weights"), group.get("targets"), group.get("input_activations")
     _check(f"{where}: weights", weights, _WEIGHTS)
+    if activations is not None:
+        _check(f"{where}: input_activations", activations, _ACTIVATIONS)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{where}: targets={targets!r} is not supported; expected names")
     strategy, group_size = weights.get("strategy"), weights.get("group_size")
@@ -151,10 +182,30 @@ def _read_group(where: str, group: Any) -> Group:
         raise ValueError(f"{where}: strategy={strategy!r} with group_size={group_size!r} is not supported")
     group_size = None if strategy == "channel" else group_size
     try:
-        symmetric = weights.get("symmetric", True)  # left out, it is upstream's default
-        return Group(targets, QuantSpec(bits=weights.get("num_bits"), group_size=group_size, symmetric=symmetric))
+        spec = QuantSpec(
+            bits=weights.get("num_bits"),
+            group_size=group_size,
+            symmetric=weights.get("symmetric", True),  # left out, it is upstream's default
+            activations=_read_activations(activations),
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    stored = group.get("format") or format
+    if stored not in (None, MIXED, format_of(spec)):
+        with_or_without = "without" if spec.activations is None else "with"
+        raise ValueError(f"{where}: format={stored!r} {with_or_without} input_activations is not supported")
+    return Group(targets, spec)
+
+
+def _read_activations(given: dict[str, Any] | None) -> ActivationSpec | None:
+    if given is None:
+        return None
+    return ActivationSpec(
+        bits=given.get("num_bits", 8),
+        symmetric=given.get("symmetric", True),
+        granularity="per_tensor" if given.get("strategy", "tensor") == "tensor" else "per_token",
+        static=not given.get("dynamic", False),
+    )
 
 
 def _check(where: str, given: Any, understood: Understood) -> None:
@@ -190,7 +241,3 @@ def _check_pattern(pattern: str) -> None:
             f"quantization_config: the target {pattern[:80]!r} is too complex; supported are up to 5 repetitions, "
             "none of them of a group, and 12 alternatives"
         )
-
-
-def _is_class(target: str, module: str) -> bool:
-    return target == "Linear"

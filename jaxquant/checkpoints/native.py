@@ -9,10 +9,10 @@ A directory with the arrays in safetensors files, each under its path ("layers/m
           {"dict": [[key, NODE], ...]}                               keys are all strings or all integers
           {"list": [NODE, ...]}, {"tuple": [NODE, ...]}
           {"array": name, "dtype": dtype, "shape": [...]}            a tensor of the files
-          {"qtensor": {"spec": {...}, "dtype": ..., ..., "values": NODE, "scale": NODE, "zero_point": NODE}}
+          {"qtensor": {"spec": {...}, "dtype": ..., ..., "values": NODE, "scale": NODE, ...}}
 
-In names, "/" inside a key is written "%2F" and "%" is written "%25". Eight-bit dtypes that safetensors' NumPy reader
-does not know (float8) are stored as uint8.
+A QTensor's arrays that are None are left out. In names, "/" inside a key is written "%2F" and "%" is written "%25".
+Eight-bit dtypes that safetensors' NumPy reader does not know (float8) are stored as uint8.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from jaxquant.checkpoints.directory import new_directory
 from jaxquant.checkpoints.json_file import read_json, write_json
 from jaxquant.checkpoints.tensors import STORABLE, Tensors, write_tensors
 from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
-from jaxquant.numerics.spec import QuantSpec
+from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
 HEADER = "jaxquant.json"
 VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
-_OPTIONAL = ("zero_point",)
+_OPTIONAL = ("zero_point", "input_scale")
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype"))
 
 
@@ -127,7 +127,8 @@ def _describe_qtensor(q: QTensor, path: tuple[str, ...], tensors: dict[str, Any]
     except ValueError as error:
         raise ValueError(f"{_shown(path)}: {error}") from error
     static = {"spec": dataclasses.asdict(q.spec), "dtype": q.dtype, **{name: list(getattr(q, name)) for name in _AXES}}
-    return static | {name: _describe(getattr(q, name), (*path, name), tensors) for name in _ARRAYS}
+    arrays = {name: getattr(q, name) for name in _ARRAYS}
+    return static | {k: _describe(v, (*path, k), tensors) for k, v in arrays.items() if v is not None}
 
 
 def _describe_array(array: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> dict[str, Any]:
@@ -196,9 +197,9 @@ class _Reader:
 
     def _qtensor(self, fields: dict, path: tuple[str, ...]) -> QTensor:
         expected = {"spec", "dtype", *_AXES, *_ARRAYS}
-        if fields.keys() != expected:
+        if not expected.difference(_OPTIONAL) <= fields.keys() <= expected:
             raise ValueError(f"{_shown(path)} has the fields {sorted(fields)}; expected {sorted(expected)}")
-        arrays = {name: self.build(fields[name], (*path, name)) for name in _ARRAYS}
+        arrays = {name: self.build(fields.get(name), (*path, name)) for name in _ARRAYS}
         try:
             return _qtensor(fields, arrays)
         except (TypeError, ValueError) as error:
@@ -215,7 +216,7 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
             raise ValueError(f"{name}={fields[name]!r} is no list of integers")
     if len(fields["in_shape"]) != len(fields["contract"]) or min(fields["in_shape"], default=0) < 0:
         raise ValueError(f"in_shape={fields['in_shape']} does not fit contract={fields['contract']}")
-    spec = QuantSpec(**fields["spec"])
+    spec = _spec(fields["spec"])
     if not isinstance(fields["dtype"], str) or not jnp.issubdtype(jnp.dtype(fields["dtype"]), jnp.floating):
         raise ValueError(f"dtype={fields['dtype']!r} is no floating dtype")
     axes: dict[str, Any] = {name: tuple(fields[name]) for name in _AXES}
@@ -227,6 +228,13 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
         if codes is not None and codes.size and (codes.min() < spec.min_code or codes.max() > spec.max_code):
             raise ValueError(f"{name} reach from {codes.min()} to {codes.max()}, which {spec} does not")
     return q
+
+
+def _spec(fields: Any) -> QuantSpec:
+    if not isinstance(fields, dict):
+        raise TypeError(f"spec={fields!r} must be a mapping")
+    activations = fields.get("activations")
+    return QuantSpec(**{**fields, "activations": None if activations is None else ActivationSpec(**activations)})
 
 
 def _shown(path: tuple[str, ...]) -> str:

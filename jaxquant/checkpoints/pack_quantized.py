@@ -16,6 +16,7 @@ be dense, as upstream takes them.
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -26,6 +27,9 @@ from jaxquant.numerics.packing import pack_bits, packed_size, unpack_bits
 from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
 from jaxquant.numerics.spec import QuantSpec
 
+FORMAT = "pack-quantized"
+DTYPES = {"weight_packed": "int32", "weight_zero_point": "int32"}  # scales are floats, the shape integers
+REQUIRED = {"weight_packed", "weight_shape"}  # the shape says which others there are
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -39,9 +43,22 @@ def old_words(size: int, bits: int) -> int:
     return math.ceil(size / (32 // bits))
 
 
+def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, list[tuple[int, ...]]]:
+    """The parts that a weight has, and the shapes that each may have."""
+    groups = spec.num_groups(k)
+    parts: dict[str, list[tuple[int, ...]]] = {
+        "weight_packed": [(n, words(k, spec.bits)), (n, old_words(k, spec.bits))],
+        "weight_scale": [(n, groups)],
+        "weight_shape": [(2,)],
+    }
+    if not spec.symmetric:
+        parts["weight_zero_point"] = [(words(n, spec.bits), groups)]
+    return parts
+
+
 def pack(q: QTensor) -> dict[str, np.ndarray]:
-    """A QTensor `[K, N]` as the arrays of the format."""
-    k, n = q.shape
+    """A QTensor of one matrix as the arrays of the format."""
+    k, n = q.codes.shape
     bits = q.spec.bits
     rows = np.asarray(q.values).T if bits <= PACKED_BITS else np.asarray(_pack_rows(q.unsigned_codes, bits))
     arrays = {"weight_packed": _as_words(rows, k, bits), "weight_scale": np.ascontiguousarray(np.asarray(q.scale).T)}
@@ -51,11 +68,12 @@ def pack(q: QTensor) -> dict[str, np.ndarray]:
     return arrays | {"weight_shape": np.array([n, k], np.int64)}
 
 
-def unpack(packed: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None, k: int, spec: QuantSpec) -> QTensor:
-    """The QTensor `[k, N]` of the arrays: the inverse of `pack`, with the scale's dtype. Widths must be right."""
+def unpack(arrays: Mapping[str, np.ndarray], spec: QuantSpec) -> QTensor:
+    """The QTensor `[K, N]` of the arrays: the inverse of `pack`, with the scale's dtype. Shapes must be right."""
+    packed, scale, k = arrays["weight_packed"], arrays["weight_scale"], int(arrays["weight_shape"][1])
     zeros = None
-    if zero_point is not None:
-        zeros = _codes(_as_bytes(zero_point.T, len(scale), spec.bits), len(scale), spec.bits).T
+    if not spec.symmetric:
+        zeros = _codes(_as_bytes(arrays["weight_zero_point"].T, len(scale), spec.bits), len(scale), spec.bits).T
     if packed.shape[1] != words(k, spec.bits):
         packed = _rearranged(packed, k, spec.bits)
     rows = _as_bytes(packed, k, spec.bits)

@@ -7,7 +7,7 @@ from jaxquant.numerics.qtensor import QTensor
 
 
 def quantized_matmul(x: jax.Array, q: QTensor, *, preferred_element_type=None, precision=None) -> jax.Array:
-    """Multiplies an input with a quantized weight; differentiable in x.
+    """Multiplies an input, rounded as `q.spec.activations` says, with a quantized weight; differentiable in x.
 
     Args:
       x: float `[*lead, T, K]`, in the dtype `q.dtype`.

@@ -16,7 +16,7 @@ PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale", "zero_point"],
+    data_fields=["values", "scale", "zero_point", "input_scale"],
     meta_fields=["spec", "dtype", "contract", "out", "in_shape"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,13 @@ class QTensor:
         codes minus the smallest code of the width, as a dense bitstream along K (bits/8 bytes per code).
       scale: float `[*lead, G, *out]`; with per_tensor granularity, 1 along every `out` axis.
       zero_point: int8, the code of 0.0, shaped as `scale`; None if the spec is symmetric.
-      spec: the QuantSpec that the codes obey.
+      spec: the QuantSpec that the codes obey, which also says how inputs are rounded.
       dtype: name of the dtype of the weight it stands for, which `dequantize` returns.
       contract: negative axes of the weight that a product sums over, ascending.
       out: negative axes of the weight's outputs, ascending; every other axis is a leading one.
       in_shape: sizes of the contracting axes (the packed stream does not tell them).
+      input_scale: float `[*lead, 1, 1, ...]` with as many axes as `scale`, the scale of the inputs' codes; None unless
+        `spec.activations` is static.
 
     These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations
     the leaves may be tracers, specs or None.
@@ -51,6 +53,7 @@ class QTensor:
     contract: tuple[int, ...]
     out: tuple[int, ...]
     in_shape: tuple[int, ...]
+    input_scale: jax.Array | None = None
 
     @classmethod
     def from_codes(
@@ -136,6 +139,11 @@ class QTensor:
             raise ValueError(f"symmetric={self.spec.symmetric}, but zero_point is {self.zero_point}")
         if self.zero_point is not None:
             _expect("zero_point", self.zero_point, jnp.int8, self.zero_point.shape == shape)
+        if (self.input_scale is not None) != self.spec.static_activations:
+            raise ValueError(f"activations={self.spec.activations}, but input_scale is {self.input_scale}")
+        if self.input_scale is not None:
+            right = self.input_scale.shape == (*lead, *(1,) * (len(shape) - len(lead)))
+            _expect("input_scale", self.input_scale, self.scale.dtype, right)
 
 
 def _unsigned(codes, spec):  # codes - the smallest code of the width; int8 arithmetic would overflow at 8 bits

@@ -9,6 +9,46 @@ Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
 
 
 @dataclasses.dataclass(frozen=True)
+class ActivationSpec:
+    """How the input of a product with a quantized weight is rounded when the product runs.
+
+    Attributes:
+      bits: width of a code, 2 to 8.
+      symmetric: as in `QuantSpec`; static ranges are symmetric.
+      granularity: which entries share a scale: those of one input row (`per_token`) or all (`per_tensor`). Left out, it
+        is `per_tensor` where the range is static and `per_token` otherwise.
+      static: the scale comes from calibration and is kept with the weight; otherwise from the input itself.
+
+    Raises:
+      ValueError: a field is outside its range, or a static range is per_token or asymmetric.
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: Literal["per_token", "per_tensor"] | None = None
+    static: bool = False
+
+    def __post_init__(self):
+        if type(self.static) is not bool:
+            raise ValueError(f"static={self.static!r} must be True or False")
+        granularity = self.granularity or ("per_tensor" if self.static else "per_token")
+        if granularity not in ("per_token", "per_tensor"):
+            raise ValueError(f"granularity={granularity!r} of activations is neither per_token nor per_tensor")
+        if self.static and (granularity == "per_token" or not self.symmetric):
+            raise ValueError(
+                f"static activations with granularity={granularity!r}, symmetric={self.symmetric}: a static range is "
+                "per_tensor and symmetric; leave out static=True for a dynamic one"
+            )
+        object.__setattr__(self, "granularity", granularity)
+        _ = self.spec  # raises for the other fields
+
+    @property
+    def spec(self) -> "QuantSpec":
+        """The codes of the input."""
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric, granularity=self.granularity)
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """How numbers become integer codes. Frozen and hashable: safe as a static argument of `jax.jit`.
 
@@ -21,6 +61,7 @@ class QuantSpec:
         `per_channel` otherwise. `per_token` is for activations `[..., features]`: one scale per row.
       narrow_range: leave out the most negative code, so that int8 is -127..127 with scale absmax/127.
       scale_dtype: storage dtype of the scale, by name; None is the dtype of the quantized array.
+      activations: how the inputs that a quantized weight is multiplied with are rounded; None leaves them as they are.
 
     Raises:
       ValueError: a field is outside its range, or `group_size` and `granularity` contradict each other.
@@ -32,6 +73,7 @@ class QuantSpec:
     granularity: Granularity | None = None
     narrow_range: bool = False
     scale_dtype: str | None = None
+    activations: ActivationSpec | None = None
 
     def __post_init__(self):
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
@@ -52,7 +94,14 @@ class QuantSpec:
             )
         if self.scale_dtype not in (None, "bfloat16", "float16", "float32", "float64"):
             raise ValueError(f"scale_dtype={self.scale_dtype!r} is not one of bfloat16, float16, float32, float64")
+        if not isinstance(self.activations, ActivationSpec | None):
+            raise ValueError(f"activations={self.activations!r} is neither an ActivationSpec nor None")
         object.__setattr__(self, "granularity", granularity)
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether the scale of the activations comes from calibration."""
+        return self.activations is not None and self.activations.static
 
     @property
     def min_code(self) -> int:

@@ -1,5 +1,6 @@
 """Applies methods to the weights of a parameter tree, equal shapes together."""
 
+import dataclasses
 import enum
 import functools
 import time
@@ -11,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.kernels.reference import dense
+from jaxquant.kernels.reference import dense, round_input
 from jaxquant.methods.rtn import RTN
+from jaxquant.numerics.affine import choose_qparams
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
+from jaxquant.numerics.spec import ActivationSpec
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.jobs import Job, Span, chunks, take
-from jaxquant.transforms.recipe import resolve, rules_of
+from jaxquant.transforms.recipe import needs_statistics, resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 
@@ -42,6 +45,8 @@ FALLBACKS: dict[int, str | None] = {
     Fallback.WORSE: "worse than RTN on held-out tokens",
     Fallback.NOT_FINITE: "statistics are not finite",
 }
+
+ACTIVATIONS = {None: "none", False: "dynamic", True: "static"}  # by `ActivationSpec.static`
 
 
 def quantize_params(
@@ -131,10 +136,9 @@ def _job(path: str, leaf, config, stats: Statistics | None) -> Job:
 
 
 def _check(job: Job) -> None:
-    if job.inputs is None and job.config.needs_statistics:
-        raise ValueError(
-            f"'{job.path}': {type(job.config).__name__} needs calibration statistics; pass jq.calibrate(...) as `stats`"
-        )
+    if job.inputs is None and needs_statistics(job.config):
+        name = type(job.config).__name__ + (" with static activations" if job.config.spec.static_activations else "")
+        raise ValueError(f"'{job.path}': {name} needs calibration statistics; pass jq.calibrate(...) as `stats`")
     if job.inputs is not None and job.inputs.gram.shape != (*job.lead, job.shape[0], job.shape[0]):
         raise ValueError(
             f"'{job.path}': its statistics are for {job.inputs.gram.shape[-1]} inputs, the weight has {job.shape[0]}; "
@@ -183,9 +187,13 @@ def _one(config, w: jax.Array, inputs: InputStatistics | None) -> tuple[QTensor,
     if inputs is None:
         return q, {f"info/{k}": v for k, v in info.items()}
     nearest, _ = RTN(config.spec).quantize(w, None)
-    x = inputs.held_out
-    scale = _energy(x, w)
-    errors = [_energy(x, dense(a).astype(x.dtype) - w.astype(x.dtype)) for a in (q, nearest)]
+    x, activations = inputs.held_out, config.spec.activations
+    input_scale = _input_scale(inputs.absmax, activations, q.scale.dtype) if config.spec.static_activations else None
+    shift = round_input(x, input_scale, activations) - x
+    scale = _energy(_product(x, w))
+    errors = [
+        _energy(_product(x, _dense(a, x) - w.astype(x.dtype)) + _product(shift, _dense(a, x))) for a in (q, nearest)
+    ]
     error, rtn_error = (jnp.where(e > 0, e / scale, e) for e in errors)  # a weight of zeros has none
     fallback = jnp.where(error <= rtn_error, Fallback.NONE, Fallback.WORSE)
     fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, Fallback.NOT_FINITE)
@@ -194,13 +202,28 @@ def _one(config, w: jax.Array, inputs: InputStatistics | None) -> tuple[QTensor,
     if isinstance(config, RTN):
         fallback = jnp.zeros_like(fallback)
     q = jax.tree.map(lambda a, b: jnp.where(fallback > 0, b, a), q, nearest)
+    q = dataclasses.replace(q, input_scale=input_scale)
     facts = {"tokens": inputs.count, "dropped": inputs.dropped, "rtn_error": rtn_error, "fallback": fallback}
     facts["error"] = jnp.where(fallback > 0, rtn_error, error)
     return q, facts | {f"info/{k}": v for k, v in info.items()}
 
 
-def _energy(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(jnp.matmul(x, w.astype(x.dtype), precision=lax.Precision.HIGHEST)))
+def _input_scale(absmax: jax.Array, activations: ActivationSpec, dtype) -> jax.Array:
+    """The static scale `[1, 1]` of inputs whose channels reach as far as `absmax` `[K]`."""
+    spec = dataclasses.replace(activations.spec, scale_dtype=dtype.name)
+    return choose_qparams(absmax[:, None], spec)[0]
+
+
+def _dense(q: QTensor, x: jax.Array) -> jax.Array:
+    return dense(q).astype(x.dtype)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w.astype(x.dtype), precision=lax.Precision.HIGHEST)
+
+
+def _energy(y: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(y))
 
 
 def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerReport:
@@ -217,6 +240,7 @@ def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerRepor
         bits=spec.bits,
         group_size=spec.group_size,
         symmetric=spec.symmetric,
+        activations=ACTIVATIONS[None if spec.activations is None else spec.activations.static],
         tokens=None if tokens is None else int(tokens),
         dropped_rows=None if dropped is None else int(dropped),
         rtn_error=number("rtn_error"),

@@ -31,6 +31,11 @@ def rules_of(recipe: Recipe) -> Sequence[tuple[str, Any]]:
     return recipe
 
 
+def needs_statistics(config: Any) -> bool:
+    """Whether a method config reads calibration statistics, itself or for the range of activations."""
+    return config.needs_statistics or config.spec.static_activations
+
+
 def resolve(recipe: Recipe, paths: Iterable[str], quantizable: set[str]) -> dict[str, Any]:
     """The config of each weight that the recipe takes.
 

@@ -18,10 +18,11 @@ class LayerReport:
       shape: `(in, out)`, the contracting axes and the output axes flattened.
       method: name of the method that was asked for.
       bits, group_size, symmetric: of its codes.
+      activations: whether its inputs are rounded, "none", "dynamic" or "static".
       tokens: calibration tokens behind its statistics; None where there are none.
       dropped_rows: tokens left out because they were not finite.
-      rtn_error, error: relative squared output error ‖x(Ŵ-W)‖²/‖xW‖² on held-out tokens, of rounding to nearest and of
-        the weight that was kept; None without held-out tokens.
+      rtn_error, error: relative squared output error ‖x̂Ŵ-xW‖²/‖xW‖² on held-out tokens, of rounding to nearest and of
+        the weight that was kept, both with inputs rounded to x̂; None without held-out tokens.
       fallback: why rounding to nearest was kept in place of the method's answer; None where it was not.
       info: what the method itself reports (GPTQ: damping, dead channels); None where a number is not finite.
       seconds: its share of the wall clock, compilation included.
@@ -34,6 +35,7 @@ class LayerReport:
     bits: int
     group_size: int | None
     symmetric: bool
+    activations: str
     tokens: int | None
     dropped_rows: int | None
     rtn_error: float | None
@@ -87,6 +89,7 @@ class Report:
             table.add_column(column, justify="left" if left else "right", overflow="fold")
         for layer in self.layers:
             bits = f"{layer.bits}" + (f" g{layer.group_size}" if layer.group_size else "")
+            bits += "" if layer.activations == "none" else f" {layer.activations}"
             numbers = ("–" if e is None else f"{e:.2e}" for e in (layer.rtn_error, layer.error))
             tokens = "–" if layer.tokens is None else f"{layer.tokens:,}"
             shape = "×".join(map(str, layer.shape))

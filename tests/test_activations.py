@@ -1,0 +1,224 @@
+"""Rounded inputs of products, against float64 NumPy written from the formulas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from samples import correlated, weights
+
+import jaxquant as jq
+from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
+from jaxquant.numerics.affine import dequantize
+
+K, N = 48, 20
+DYNAMIC = {
+    "per token": jq.ActivationSpec(),
+    "per token, 4 bits": jq.ActivationSpec(bits=4),
+    "per token, asymmetric": jq.ActivationSpec(symmetric=False),
+    "per tensor": jq.ActivationSpec(granularity="per_tensor"),
+}
+
+
+def rounded(x, activations, scale=None):
+    """x after quantizing and dequantizing, in float64. Extremes lie half way between codes, so quotients are products
+    with reciprocals, as they are defined."""
+    low, high = -(2 ** (activations.bits - 1)), 2 ** (activations.bits - 1) - 1
+    axis = -1 if activations.granularity == "per_token" else (-2, -1)
+    smallest, largest = np.minimum(x.min(axis, keepdims=True), 0), np.maximum(x.max(axis, keepdims=True), 0)
+    zero = 0.0
+    if scale is None and activations.symmetric:
+        scale = np.maximum(-smallest, largest) * (2 / (high - low))
+    elif scale is None:
+        scale = (largest - smallest) / 2 * (2 / (high - low))
+        zero = np.clip(np.round(low - smallest * (1 / scale)), low, high)
+    return (np.clip(np.round(x * (1 / scale)) + zero, low, high) - zero) * scale
+
+
+def static(q, scale):
+    """A QTensor of one matrix with a static scale for its inputs."""
+    spec = dataclasses.replace(q.spec, activations=jq.ActivationSpec(static=True))
+    q = dataclasses.replace(q, spec=spec, input_scale=jnp.full((1, 1), scale, q.scale.dtype))
+    q.validate()
+    return q
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_ranges_are_those_of_the_input(name):
+    x, w = correlated(K, 30, np.float64), weights(K, N, dtype=np.float64)
+    q = jq.quantize(jnp.asarray(w), jq.int8(activations=DYNAMIC[name]))
+    found = quantized_matmul(jnp.asarray(x), q)
+    np.testing.assert_allclose(found, rounded(x, DYNAMIC[name]) @ np.asarray(dequantize(q)), rtol=1e-12, atol=1e-12)
+    plain = quantized_matmul(jnp.asarray(x), jq.quantize(jnp.asarray(w), jq.int8()))
+    assert np.abs(found - plain).max() > 1e-4
+
+
+def test_each_granularity_gives_a_different_error():
+    x = correlated(K, 30) * np.geomspace(1, 100, 30, dtype=np.float32)[:, None]
+    w = jnp.asarray(weights(K, N))
+    exact = x @ np.asarray(dequantize(jq.quantize(w, jq.int8())))
+    errors = {}
+    for name, activations in DYNAMIC.items():
+        found = quantized_matmul(jnp.asarray(x), jq.quantize(w, jq.int8(activations=activations)))
+        errors[name] = np.linalg.norm((found - exact) / np.linalg.norm(x, axis=1, keepdims=True))
+    assert errors["per tensor"] > 3 * errors["per token"]
+    assert errors["per token, 4 bits"] > 8 * errors["per token"]
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_static_range_clips():
+    x = np.linspace(-3, 3, 4 * K).reshape(4, K)
+    q = static(jq.quantize(jnp.asarray(weights(K, N, dtype=np.float64)), jq.int8()), 0.01)
+    expected = rounded(x, jq.ActivationSpec(static=True), 0.01)
+    assert np.abs(expected).max() == 1.28
+    np.testing.assert_allclose(quantized_matmul(jnp.asarray(x), q), expected @ np.asarray(dequantize(q)), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_derivatives_are_straight_through_and_stop_beyond_a_static_range():
+    x = jnp.linspace(-3, 3, 4 * K).reshape(4, K)
+    w = jnp.asarray(weights(K, N, dtype=np.float64))
+    dynamic = jq.quantize(w, jq.int8(activations=jq.ActivationSpec()))
+    out, pull = jax.vjp(lambda x: quantized_matmul(x, dynamic), x)
+    g = jnp.asarray(weights(*out.shape, dtype=np.float64, seed=3))
+    through = g @ dequantize(dynamic).T
+    moved = np.asarray(pull(g)[0] - through)  # what flows through the scale arrives at each row's extreme
+    assert np.count_nonzero(np.abs(moved) > 1e-9, axis=1).max() <= 2
+    q = static(dynamic, 0.01)
+    inside = (x >= -1.285) & (x <= 1.275)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: jnp.sum(g * quantized_matmul(x, q)))(x), jnp.where(inside, through, 0), rtol=1e-9
+    )
+
+
+def test_stacked_and_ragged_products_have_the_scale_of_their_own_matrix():
+    x, w = correlated(K, 24), weights(3, K, N)
+    scales = np.asarray([0.01, 0.02, 0.05], np.float32)
+    one = [static(jq.quantize(jnp.asarray(w[i]), jq.int8()), scales[i]) for i in range(3)]
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *one)
+    stack.validate()
+    separate = np.stack([quantized_matmul(jnp.asarray(x), q) for q in one])
+    together = quantized_matmul(jnp.broadcast_to(x, (3, *x.shape)), stack)
+    np.testing.assert_allclose(together, separate, rtol=1e-4, atol=1e-4)
+    ragged = quantized_ragged_matmul(jnp.asarray(x), stack, jnp.asarray([5, 12, 7]))
+    expected = np.concatenate([separate[0, :5], separate[1, 5:17], separate[2, 17:]])
+    np.testing.assert_allclose(ragged, expected, rtol=1e-4, atol=1e-4)
+
+
+def layers(params, x):
+    """A scan over stacked layers, and a head."""
+
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    return jax.lax.scan(layer, x, params["layers"])[0] @ params["head"]
+
+
+def model():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"layers": jax.random.normal(keys[0], (3, K, K)) / 5, "head": jax.random.normal(keys[1], (K, N)) / 5}
+    return params, 4 * jax.random.normal(keys[2], (8, 40, K))
+
+
+def test_static_scales_come_from_calibration():
+    """One calibration pass with every token kept in: the scale is the largest input of each layer, over 127.5."""
+    params, x = model()
+    stats = jq.calibrate(layers, params, [x])
+    config = jq.RTN(jq.int8(activations=jq.ActivationSpec(static=True)))
+    qparams, report = jq.quantize_params(params, stats, config)
+    largest = np.asarray(stats.products["layers"].inputs.absmax).max(axis=-1)
+    assert largest[0] > 2 * largest[1]
+    np.testing.assert_allclose(qparams["layers"].input_scale.reshape(-1), largest / 127.5, rtol=1e-6)
+    assert qparams["head"].input_scale.shape == (1, 1)
+    qparams["layers"].validate()
+    assert {layer.activations for layer in report.layers} == {"static"}
+    hidden = np.asarray(x, np.float64).reshape(-1, K)
+    for i in range(3):
+        scale = np.float64(qparams["layers"].input_scale[i, 0, 0])
+        w = np.asarray(dequantize(qparams["layers"])[i], np.float64)
+        hidden = np.tanh(rounded(hidden, config.spec.activations, scale) @ w)
+    scale = np.float64(qparams["head"].input_scale[0, 0])
+    hidden = rounded(hidden, config.spec.activations, scale) @ np.asarray(dequantize(qparams["head"]), np.float64)
+    found = np.asarray(jq.quantized(layers)(qparams, x)).reshape(-1, N)
+    assert np.median(np.abs(found - hidden)) < 1e-6  # a few inputs on the edge between two codes take the other one
+    assert np.linalg.norm(found - hidden) < 1e-3 * np.linalg.norm(hidden)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_reported_errors_include_the_rounded_inputs(is_static):
+    params, x = model()
+    stats = jq.calibrate(layers, params, [x])
+    activations = jq.ActivationSpec(bits=4, static=is_static)
+    qparams, report = jq.quantize_params(params, stats, jq.GPTQ(jq.int8(activations=activations)))
+    held_out = np.asarray(stats.products["head"].inputs.held_out, np.float64)
+    held_out = held_out[np.any(held_out != 0, axis=1)]
+    w = np.asarray(params["head"], np.float64)
+    scale = None
+    if is_static:
+        scale = np.asarray(stats.products["head"].inputs.absmax).max() / 7.5
+    dense = np.asarray(dequantize(qparams["head"]), np.float64)
+    difference = rounded(held_out, activations, scale) @ dense - held_out @ w
+    expected = np.sum(difference**2) / np.sum((held_out @ w) ** 2)
+    (found,) = (layer for layer in report.layers if layer.path == "head")
+    assert found.error == pytest.approx(expected, rel=1e-3 if is_static else 0.05)  # the extreme of a row is a tie
+
+
+def test_int8_weights_and_inputs_change_a_model_little():
+    params, x = model()
+    stats = jq.calibrate(layers, params, [x])
+    exact = layers(params, x)
+    for activations in (jq.ActivationSpec(), jq.ActivationSpec(static=True)):
+        qparams, _ = jq.quantize_params(params, stats, jq.GPTQ(jq.int8(activations=activations)))
+        found = jax.jit(jq.quantized(layers))(qparams, x)
+        error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+        assert 1e-3 < error < 0.03
+
+
+def test_dynamic_ranges_need_no_statistics_and_static_ones_do():
+    params, x = model()
+    qparams, _ = jq.quantize_params(params, None, jq.RTN(jq.int8(activations=jq.ActivationSpec())))
+    assert qparams["layers"].input_scale is None
+    assert jnp.isfinite(jq.quantized(layers)(qparams, x)).all()
+    with pytest.raises(ValueError, match="RTN with static activations needs calibration statistics"):
+        jq.quantize_params(params, None, jq.RTN(jq.int8(activations=jq.ActivationSpec(static=True))))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 9}, "bits=9 is not supported"),
+        ({"granularity": "per_channel"}, "granularity='per_channel' of activations is neither"),
+        ({"static": True, "granularity": "per_token"}, "a static range is per_tensor and symmetric"),
+        ({"static": True, "symmetric": False}, "a static range is per_tensor and symmetric"),
+        ({"static": 1}, "static=1 must be True or False"),
+    ],
+)
+def test_bad_activation_specs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        jq.ActivationSpec(**fields)
+
+
+def test_a_spec_takes_no_other_activations():
+    with pytest.raises(ValueError, match="activations='dynamic' is neither an ActivationSpec nor None"):
+        jq.int8(activations="dynamic")
+
+
+def test_the_native_format_keeps_activations(tmp_path):
+    q = static(jq.quantize(jnp.asarray(weights(K, N)), jq.int4(group_size=16)), 0.25)
+    dynamic = jq.quantize(jnp.asarray(weights(K, N)), jq.int8(activations=jq.ActivationSpec(symmetric=False)))
+    jq.save(tmp_path / "tree", None, {"static": q, "dynamic": dynamic})
+    found = jq.load(tmp_path / "tree")
+    assert found["static"].spec == q.spec
+    assert found["static"].input_scale.tolist() == [[0.25]]
+    assert found["dynamic"].spec == dynamic.spec
+    assert found["dynamic"].input_scale is None
+
+
+def test_an_input_scale_must_fit_the_spec():
+    q = static(jq.quantize(jnp.asarray(weights(K, N)), jq.int8()), 0.25)
+    with pytest.raises(ValueError, match=r"static=True.*but input_scale is None"):
+        dataclasses.replace(q, input_scale=None).validate()
+    with pytest.raises(ValueError, match="input_scale is float32"):
+        dataclasses.replace(q, input_scale=jnp.ones((2, 1))).validate()
