@@ -10,10 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.utils.match import match_name
 from safetensors.numpy import load_file, save_file
 
 from jaxquant.checkpoints import pack_quantized
@@ -24,6 +20,11 @@ from jaxquant.checkpoints.tensors import same_bits
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec
+
+torch = pytest.importorskip("torch")
+helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+quantization = pytest.importorskip("compressed_tensors.quantization")
+match = pytest.importorskip("compressed_tensors.utils.match")
 
 GOLDEN = json.loads(Path(__file__).with_name("data").joinpath("compressed_tensors_golden.json").read_text())
 BF16 = ml_dtypes.bfloat16
@@ -101,9 +102,9 @@ def same_leaves(a, b):
 def test_codes_pack_and_unpack_as_upstream(bits, k):
     q = random_codes(bits, k, 3)
     codes = torch.from_numpy(np.asarray(q.codes).T.copy())
-    theirs, ours = pack_to_int32(codes, bits).numpy(), pack(q)
+    theirs, ours = helpers.pack_to_int32(codes, bits).numpy(), pack(q)
     assert same_bits(ours["weight_packed"], theirs)
-    assert torch.equal(unpack_from_int32(torch.from_numpy(ours["weight_packed"]), bits, codes.shape), codes)
+    assert torch.equal(helpers.unpack_from_int32(torch.from_numpy(ours["weight_packed"]), bits, codes.shape), codes)
     assert same_leaves(unpack_like(q, theirs), q)
 
 
@@ -112,9 +113,9 @@ def test_codes_pack_and_unpack_as_upstream(bits, k):
 def test_zero_points_pack_and_unpack_as_upstream(bits, n):
     q = random_codes(bits, 16, n, symmetric=False)
     zeros = torch.from_numpy(np.asarray(q.zero_point).T.copy())
-    theirs, ours = pack_to_int32(zeros, bits, packed_dim=0).numpy(), pack(q)
+    theirs, ours = helpers.pack_to_int32(zeros, bits, packed_dim=0).numpy(), pack(q)
     assert same_bits(ours["weight_zero_point"], theirs)
-    again = unpack_from_int32(torch.from_numpy(ours["weight_zero_point"]), bits, zeros.shape, packed_dim=0)
+    again = helpers.unpack_from_int32(torch.from_numpy(ours["weight_zero_point"]), bits, zeros.shape, packed_dim=0)
     assert torch.equal(again, zeros)
     assert same_leaves(unpack_like(q, ours["weight_packed"], theirs), q)
 
@@ -211,10 +212,10 @@ def test_several_specs_are_groups_that_upstream_understands(specs, targets):
     config = describe(specs, CLASSES)
     assert [group["targets"] for group in config["config_groups"].values()] == targets
     assert config["ignore"] == [module for module in LINEARS if module not in specs]
-    upstream = QuantizationConfig.model_validate(config)
+    upstream = quantization.QuantizationConfig.model_validate(config)
     groups = read_groups(config)
     for module, spec in specs.items():
-        named = [g for g in upstream.config_groups.values() if any(match_name(module, t) for t in g.targets)]
+        named = [g for g in upstream.config_groups.values() if any(match.match_name(module, t) for t in g.targets)]
         assert [(g.weights.num_bits, g.weights.group_size) for g in named] == [(spec.bits, spec.group_size)]
         assert find_spec(module, "Linear", groups) == spec
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 
 import jaxquant as jq
@@ -16,6 +15,8 @@ from jaxquant.checkpoints.tensors import same_bits
 from jaxquant.models.config import FAMILIES, from_hf
 from jaxquant.models.model import Model
 from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors_from_params
+
+torch = pytest.importorskip("torch")
 
 VOCABULARY = 96
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 24)).astype(np.int32)
@@ -65,7 +66,7 @@ def written_by_transformers(hf_config: dict) -> dict:
     return transformers.AutoConfig.for_model(**hf_config).to_dict()
 
 
-def torch_model(hf_config: dict) -> torch.nn.Module:
+def torch_model(hf_config: dict) -> "torch.nn.Module":
     """A random model; transformers' own initial values would hide errors: biases are 0 and norms 1."""
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf_config)).eval()
     torch.manual_seed(0)
@@ -75,16 +76,16 @@ def torch_model(hf_config: dict) -> torch.nn.Module:
 
 
 @functools.cache
-def reference(variant: str) -> torch.nn.Module:
+def reference(variant: str) -> "torch.nn.Module":
     family, changes, _ = VARIANTS[variant]
     return torch_model(hf_config_of(family, changes))
 
 
-def tensors_of(model: torch.nn.Module) -> dict:
+def tensors_of(model: "torch.nn.Module") -> dict:
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def torch_logits(model: torch.nn.Module) -> np.ndarray:
+def torch_logits(model: "torch.nn.Module") -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(TOKENS).long()).logits.numpy()
 

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file
 
@@ -22,6 +21,8 @@ from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
+
+torch = pytest.importorskip("torch")
 
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
@@ -59,7 +60,7 @@ VARIANTS = {
 }
 
 
-def torch_model(hf_config: dict) -> torch.nn.Module:
+def torch_model(hf_config: dict) -> "torch.nn.Module":
     config = transformers.LlamaConfig(**{key: value for key, value in hf_config.items() if key != "architectures"})
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
@@ -68,19 +69,19 @@ def torch_model(hf_config: dict) -> torch.nn.Module:
     return model
 
 
-def tensors_of(model: torch.nn.Module) -> dict:
+def tensors_of(model: "torch.nn.Module") -> dict:
     """The model's tensors as in a file: NumPy arrays, bfloat16 included, and no head where it is tied."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: as_numpy(tensor) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+def as_numpy(tensor: "torch.Tensor") -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
-def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+def torch_logits(model: "torch.nn.Module", tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.int64)).logits.float().numpy()
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
@@ -19,6 +18,8 @@ from jaxquant.models import TINYLM
 from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.pretrained import check_save
+
+torch = pytest.importorskip("torch")
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9)).astype(np.int32)
 PACKED = jq.int4(group_size=32)
