@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -127,7 +128,7 @@ def _quantize(args) -> None:
     if args.method == "rtn" and args.no_act_order:
         raise ValueError("--no-act-order is read by --method gptq only; leave it out")
     config = RTN(spec) if args.method == "rtn" else GPTQ(spec, act_order=not args.no_act_order)
-    with _progress() as progress:
+    with _progress() as progress, _notes():
         report = workflows.quantize_checkpoint(
             args.model,
             args.out,
@@ -224,3 +225,17 @@ def _progress() -> Iterator[workflows.Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield progress
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """What the library logs (how much memory it will take) on standard error, a line each."""
+    logger, handler = logging.getLogger("jaxquant"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

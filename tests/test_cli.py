@@ -191,6 +191,19 @@ def test_a_quantized_checkpoint_is_not_quantized_again(checkpoint, tmp_path, cap
     assert "quantized already" in error
 
 
+def test_memory_is_told_before_work_and_refused(checkpoint, tmp_path, capsys, monkeypatch):
+    status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "q", "--json"))
+    told = [line for line in error.splitlines() if "will allocate about" in line]
+    assert status == 0
+    assert [line.partition(" ")[0] for line in told] == ["calibrate", "quantize_params"]
+    assert json.loads(text)["out"] == str(tmp_path / "q")
+    monkeypatch.setattr("jaxquant.transforms.memory.available", lambda devices: 2**10)
+    status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "r", "--json"))
+    assert (status, text) == (1, "")
+    assert error.strip().splitlines()[-1].startswith("jaxquant: error: calibrate will allocate about")
+    assert not (tmp_path / "r").exists()
+
+
 def test_nan_weights_are_named(checkpoint, tmp_path, capsys):
     model, params = jq.load_pretrained(checkpoint / "model")
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]

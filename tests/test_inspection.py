@@ -1,5 +1,6 @@
 """What `inspect` says of a checkpoint, against the files' own headers and counts made with plain NumPy."""
 
+import functools
 import json
 import struct
 
@@ -25,11 +26,13 @@ def data_bytes(directory):
     return total
 
 
+@functools.cache
 def float_model(**changes):
     model = jq.Model.from_hf(HF_CONFIG | changes)
     return model, model.init(jax.random.key(0))
 
 
+@functools.cache
 def quantized_model(**changes):
     model, params = float_model(**changes)
     config = jq.RTN(jq.QuantSpec(bits=4, group_size=32, symmetric=False))

@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,13 @@ from jax import lax
 
 from jaxquant.kernels.reference import dense
 from jaxquant.methods.rtn import RTN
+from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
+from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.jobs import Job, Span, chunks, take
+from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.recipe import resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
@@ -52,6 +56,8 @@ def quantize_params(
     No matrix is ever kept that does worse than rounding to nearest on held-out calibration tokens: it falls back to
     that, and so does one whose input saw no token. The report says so.
 
+    How much memory it will take is logged, at level INFO of the logger "jaxquant", before the first matrix is solved.
+
     Args:
       params: any pytree of arrays.
       stats: from `calibrate`, with the same tree. None for methods that need none: weights are then Flax's
@@ -66,10 +72,12 @@ def quantize_params(
 
     Raises:
       ValueError: a weight with entries that are not finite, a group size that does not divide the inputs, a method
-        without the statistics it needs, a rule that takes nothing. Nothing is computed before all of it is checked.
+        without the statistics it needs, a rule that takes nothing, or more memory needed than is available. Nothing is
+        computed before all of it is checked.
     """
     named = dict(named_leaves(params, is_qtensor))
     jobs = _plan(named, stats, recipe)
+    memory.ensure_fits(_memory(jobs), params)
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     total, done = sum(job.count for job in jobs), 0
@@ -80,7 +88,7 @@ def quantize_params(
             done += span.size
         if progress is not None:
             progress(done, total)
-    quantized = {job.path: job.assemble(pieces[job.path]) for job in jobs}
+    quantized = {job.path: job.assemble(pieces.pop(job.path)) for job in jobs}
     structure = jax.tree.structure(params, is_leaf=is_qtensor)
     tree = jax.tree.unflatten(structure, [quantized.get(path, leaf) for path, leaf in named.items()])
     order = tuple(layer for path in named for layer in layers.get(path, ()))
@@ -144,11 +152,39 @@ def _check(job: Job) -> None:
         job.config.spec.num_groups(job.shape[0])
     except ValueError as error:
         raise ValueError(f"'{job.path}': {error}") from None
-    bad = int(jnp.sum(~jnp.isfinite(job.leaf)))
+    bad = int(_nonfinite(job.leaf))
     if bad:
         raise ValueError(
             f"'{job.path}': {bad} of its {job.leaf.size} entries are not finite; repair or exclude the weight"
         )
+
+
+@jax.jit  # as one operation, which keeps no mask of the weight's size
+def _nonfinite(leaf) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf))
+
+
+def _memory(jobs: list[Job]) -> MemoryEstimate:
+    """What `quantize_params` allocates for some jobs; compiles the methods."""
+    results, chunk, seen = dict.fromkeys(jobs, 0), 0, set()
+    for spans, size in chunks(jobs):
+        job = spans[0].job
+        if job.kind not in seen:
+            seen.add(job.kind)
+            w, inputs = job.types(size)
+            lowered = _run.lower(job.config, w, inputs)
+            given, result = memory.types_bytes((w, inputs)), memory.types_bytes(lowered.out_info)
+            running = given + memory.compiled_bytes(lowered.compile()) + result
+            chunk = max(chunk, running, 2 * given)  # the matrices of several weights are put together first
+        for span in spans:
+            results[span.job] += math.ceil(result * span.size / size)
+    parts = {
+        "quantized weights": sum(results.values()),
+        "matrices at work": max(chunk, *results.values()),  # or, at the end, the copy that puts a weight together
+    }
+    return MemoryEstimate(
+        "quantize_params", parts, "quantize fewer weights per call through rules with None for others"
+    )
 
 
 def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[LayerReport]]]:
@@ -158,6 +194,7 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
     if count < size:  # the last chunk runs in the same program as the others
         parts.append(jax.tree.map(lambda a: jnp.repeat(a[-1:], size - count, 0), parts[-1]))
     w, inputs = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
+    del parts  # or they would stay in memory while the method runs
     q, facts = jax.block_until_ready(_run(spans[0].job.config, w, inputs))
     facts = jax.tree.map(np.asarray, facts)
     seconds = (time.perf_counter() - start) / count
@@ -174,7 +211,7 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(config, w: jax.Array, inputs: InputStatistics | None):
-    return jax.vmap(functools.partial(_one, config))(w, inputs)
+    return jax.vmap(one_by_one_on_cpu(functools.partial(_one, config)))(w, inputs)
 
 
 def _one(config, w: jax.Array, inputs: InputStatistics | None) -> tuple[QTensor, dict[str, jax.Array]]:
