@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jaxquant import workflows
+from jaxquant import inspection, workflows
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
@@ -94,7 +95,7 @@ def _add_evaluate(commands) -> None:
 
 
 def _add_inspect(commands) -> None:
-    parser = _add(commands, "inspect", _inspect, "list the parameters of a checkpoint")
+    parser = _add(commands, "inspect", _inspect, "list the parameters of a checkpoint: sizes, codes, histograms")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
 
 
@@ -132,7 +133,7 @@ def _quantize(args) -> None:
     if args.method == "rtn" and args.no_act_order:
         raise ValueError("--no-act-order is read by --method gptq only; leave it out")
     config = RTN(spec) if args.method == "rtn" else GPTQ(spec, act_order=not args.no_act_order)
-    with _progress() as progress:
+    with _progress() as progress, _notes():
         report = workflows.quantize_checkpoint(
             args.model,
             args.out,
@@ -167,16 +168,36 @@ def _evaluate(args) -> None:
 
 
 def _inspect(args) -> None:
-    leaves = workflows.inspect_checkpoint(args.model)
-    total = sum(leaf.nbytes for leaf in leaves)
+    found = inspection.inspect_checkpoint(args.model)
     if args.json:
-        return _print_json({"nbytes": total, "leaves": [leaf._asdict() for leaf in leaves]})
-    table = Table(caption=f"{total:,} bytes in memory")
-    for column in ("parameter", "shape", "stored as", "bytes"):
-        table.add_column(column, justify="right" if column == "bytes" else "left")
-    for leaf in leaves:
-        table.add_row(leaf.path, "×".join(map(str, leaf.shape)), leaf.stored_as, f"{leaf.nbytes:,}")
-    Console().print(table)
+        totals = {"stored_nbytes": found.stored_nbytes, "nbytes": found.nbytes}
+        leaves = [leaf._asdict() | {"histogram": leaf.histogram._asdict()} for leaf in found.leaves]
+        return _print_json({**totals, "left_aside_nbytes": found.left_aside_nbytes, "leaves": leaves})
+    caption = f"{found.stored_nbytes:,} bytes on disk, {found.nbytes:,} bytes in memory"
+    if found.left_aside_nbytes:
+        caption += f"; {found.left_aside_nbytes:,} of those on disk are not loaded"
+    table = Table(caption=caption, box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("parameter", "shape", "stored as", "on disk", "in memory", "histogram"):
+        table.add_column(column, justify="right" if column in ("on disk", "in memory") else "left", overflow="fold")
+    above: list[str] = []
+    for leaf in found.leaves:
+        *modules, name = leaf.path.split("/")
+        for depth, module in enumerate(modules):
+            if modules[: depth + 1] != above[: depth + 1]:
+                table.add_row("  " * depth + module)
+        above = modules
+        table.add_row("  " * len(modules) + name, *_cells(leaf))
+    Console(width=max(Console().width, 110)).print(table)  # a narrower table would be all folds
+
+
+def _cells(leaf: inspection.Leaf) -> tuple[str, ...]:
+    kind, histogram = leaf.stored_as, leaf.histogram
+    if leaf.symmetric is None and histogram.values:
+        kind += f", {histogram.values[0]:.2g} to {histogram.values[-1]:.2g}"
+    if leaf.nonfinite:
+        kind += f", {leaf.nonfinite:,} not finite"
+    shape = "×".join(map(str, leaf.shape))
+    return shape, kind, f"{leaf.stored_nbytes:,}", f"{leaf.nbytes:,}", histogram.bars()
 
 
 def _plain(comparison) -> dict[str, Any]:
@@ -209,3 +230,17 @@ def _progress() -> Iterator[workflows.Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield progress
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """What the library logs (how much memory it will take) on standard error, a line each."""
+    logger, handler = logging.getLogger("jaxquant"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -59,7 +59,7 @@ def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> 
       ValueError: a file is damaged, or the architecture or the quantization is not supported.
     """
     directory = find_model(name)
-    if (directory / HEADER).is_file() and not (directory / CONFIG).is_file():
+    if holds_bare_tree(directory):
         raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
     hf_config = read_json(directory / CONFIG)
     storage = hf_config.pop(_STORAGE, None)
@@ -124,6 +124,11 @@ def load(path: str | os.PathLike) -> Any:
       ValueError: a file is damaged.
     """
     return load_tree(path)
+
+
+def holds_bare_tree(directory: Path) -> bool:
+    """Whether a directory holds a parameter tree without a model, which only `load` reads."""
+    return (directory / HEADER).is_file() and not (directory / CONFIG).is_file()
 
 
 def _check_format(format: str) -> None:

@@ -1,7 +1,7 @@
 """Whole jobs on checkpoints: load, calibrate, quantize, save; load and evaluate. The command line calls these."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,30 +192,3 @@ def evaluate_checkpoint(
         )
     result = compare(model.apply, params, other_params, tokens, baseline_fn=other.apply, context=context, progress=done)
     return Evaluation(tokens.size, context, result.perplexity, result)
-
-
-class Leaf(NamedTuple):
-    """One leaf of a checkpoint's parameter tree."""
-
-    path: str
-    shape: tuple[int, ...]
-    stored_as: str
-    nbytes: int
-
-
-def inspect_checkpoint(name: str) -> list[Leaf]:
-    """The leaves of a checkpoint, as memory holds them."""
-    _, params = pretrained.load_pretrained(pretrained.find_model(name))
-    return list(_leaves(params))
-
-
-def _leaves(params: Any) -> Iterable[Leaf]:
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]:
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        spec = leaf.spec if is_qtensor(leaf) else None
-        kind = str(leaf.dtype)
-        if spec is not None:
-            symmetry = "symmetric" if spec.symmetric else "asymmetric"
-            group = f"groups of {spec.group_size}" if spec.group_size else str(spec.granularity).replace("_", " ")
-            kind = f"{spec.bits} bits, {group}, {symmetry}"
-        yield Leaf(path, tuple(leaf.shape), kind, leaf.nbytes)

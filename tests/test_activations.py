@@ -146,6 +146,21 @@ def test_static_scales_come_from_calibration():
     assert np.linalg.norm(found - hidden) < 1e-3 * np.linalg.norm(hidden)
 
 
+def test_an_expert_without_tokens_has_the_range_of_the_others():
+    def experts(params, x):
+        return jax.lax.ragged_dot(x, params["w"], jnp.asarray([20, 0, 44]))
+
+    params = {"w": jnp.asarray(weights(3, K, N))}
+    stats = jq.calibrate(experts, params, [jnp.asarray(correlated(K, 64))])
+    config = jq.RTN(jq.int8(activations=jq.ActivationSpec(static=True)))
+    scale = jq.quantize_params(params, stats, config)[0]["w"].input_scale.reshape(-1)
+    assert scale[1] == max(scale[0], scale[2]) > min(scale[0], scale[2])
+    none = dataclasses.replace(stats.products["w"].inputs, count=jnp.zeros(3))
+    product = dataclasses.replace(stats.products["w"], inputs=none)
+    with pytest.raises(ValueError, match="'w': its input saw no calibration token, so it has no static range"):
+        jq.quantize_params(params, dataclasses.replace(stats, products={"w": product}), config)
+
+
 @pytest.mark.parametrize("is_static", [False, True])
 def test_reported_errors_include_the_rounded_inputs(is_static):
     params, x = model()

@@ -80,7 +80,9 @@ def test_quantize_evaluate_inspect(checkpoint, tmp_path, capsys, format):
     assert status == 0
     assert leaves["layers/mlp/up_proj/kernel"]["stored_as"] == "3 bits, groups of 32, symmetric"
     # 3 bits a code and one float32 scale a group of 32
-    assert leaves["layers/mlp/up_proj/kernel"]["nbytes"] == 2 * 64 * 128 * 3 // 8 + 2 * 2 * 128 * 4
+    size = 2 * 64 * 128 * 3 // 8 + 2 * 2 * 128 * 4
+    assert leaves["layers/mlp/up_proj/kernel"]["nbytes"] == size
+    assert leaves["layers/mlp/up_proj/kernel"]["stored_nbytes"] == size + (16 * 2 if "-" in format else 0)  # shapes
     assert leaves["embed_tokens/embedding"]["stored_as"] == "float32"
 
 
@@ -93,6 +95,8 @@ def test_output_for_people(checkpoint, tmp_path, capsys):
     assert text.startswith("perplexity ")
     status, text, _ = run(capsys, "inspect", tmp_path / "q")
     assert "bytes in memory" in text
+    assert "      kernel" in text
+    assert "█" in text
 
 
 def test_flags_reach_the_method(checkpoint, tmp_path, capsys):
@@ -134,6 +138,7 @@ def bad_inputs(checkpoint, tmp_path):
         "evaluate nothing": (["evaluate", tmp_path / "nowhere"], "no local directory"),
         "context": (["evaluate", model, "--data", tokens, "--context", 1], "context >= 2"),
         "inspect a file": (["inspect", tokens], "is a file"),
+        "inspect nothing": (["inspect", tmp_path / "full"], "config.json is missing"),
     }
 
 
@@ -184,6 +189,19 @@ def test_a_quantized_checkpoint_is_not_quantized_again(checkpoint, tmp_path, cap
     status, _, error = run(capsys, *arguments)
     assert status == 1
     assert "quantized already" in error
+
+
+def test_memory_is_told_before_work_and_refused(checkpoint, tmp_path, capsys, monkeypatch):
+    status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "q", "--json"))
+    told = [line for line in error.splitlines() if "will allocate about" in line]
+    assert status == 0
+    assert [line.partition(" ")[0] for line in told] == ["calibrate", "quantize_params"]
+    assert json.loads(text)["out"] == str(tmp_path / "q")
+    monkeypatch.setattr("jaxquant.transforms.memory.available", lambda devices: 2**10)
+    status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "r", "--json"))
+    assert (status, text) == (1, "")
+    assert error.strip().splitlines()[-1].startswith("jaxquant: error: calibrate will allocate about")
+    assert not (tmp_path / "r").exists()
 
 
 def test_nan_weights_are_named(checkpoint, tmp_path, capsys):

@@ -96,6 +96,11 @@ def read_tree(directory: Path) -> Any:
     return tree
 
 
+def path_of(name: str) -> str:
+    """The path in the tree of the array that a tensor's name stands for; that of a QTensor's array ends in its part."""
+    return name.replace("%5F", "_").replace("%2F", "/").replace("%25", "%")
+
+
 def _describe(tree: Any, path: tuple[str, ...], tensors: dict[str, Any]) -> Any:
     """The node of a tree; puts its arrays into `tensors` under their names."""
     if tree is None:

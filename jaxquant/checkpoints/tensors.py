@@ -5,11 +5,13 @@ at a time. A shard that the index names must lie in the directory itself; symbol
 the hub's cache is made of them.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -71,6 +73,11 @@ class Tensors(Mapping[str, np.ndarray]):
         """The dtype (NumPy's name for it) and shape of a tensor, without reading it."""
         view = self._files[name].get_slice(name)
         return _DTYPES[view.get_dtype()], tuple(view.get_shape())
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of a tensor in its file, without reading it."""
+        dtype, shape = self.layout(name)
+        return jnp.dtype(dtype).itemsize * math.prod(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

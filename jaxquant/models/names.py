@@ -63,6 +63,11 @@ def tensors_from_params(config: DecoderConfig, params: Mapping[str, Any]) -> dic
     }
 
 
+def tensor_paths(config: DecoderConfig) -> dict[str, str]:
+    """Returns the path of the parameter that each tensor of a checkpoint belongs to, by Hugging Face's names."""
+    return {name: entry.path for entry in _entries(config) for name in _names(config, entry)}
+
+
 def _entries(config: DecoderConfig) -> tuple[TensorName, ...]:
     """Those of the family's tensors that this decoder has: not every model has biases, or a head of its own."""
     family, shapes = FAMILIES[config.architecture], parameter_shapes(config)

@@ -12,6 +12,8 @@ import numpy as np
 from jaxquant.numerics import statistics
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.statistics import InputStatistics, Moments
+from jaxquant.transforms import memory
+from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.tracing import compat, interpreter
 from jaxquant.transforms.tracing.assemble import assemble, roles
@@ -62,6 +64,8 @@ def calibrate(
     Every method reads these statistics. One token in 16, chosen by a hash of its position in the stream, is held out of
     them, and a sample of those is kept to judge methods by. Tokens with an entry that is not finite are left out.
 
+    How much memory it will take is logged, at level INFO of the logger "jaxquant", before the first batch runs.
+
     Args:
       fn: `fn(params, batch)`, any JAX function; its result is not used.
       params: its parameters, any pytree of arrays.
@@ -71,7 +75,8 @@ def calibrate(
         time]`). Without it, every position is a token.
 
     Raises:
-      ValueError: no batch, no token with finite inputs, no product with a weight, or a recipe that takes nothing.
+      ValueError: no batch, no token with finite inputs, no product with a weight, a recipe that takes nothing, or more
+        memory needed than is available.
     """
     programs: dict[tuple, _Program] = {}
     program, total, position = None, None, 0
@@ -80,6 +85,7 @@ def calibrate(
         key = _kind((batch, real))
         if key not in programs:
             programs[key] = _Program(fn, params, batch, real, recipe)
+            memory.ensure_fits(programs[key].memory(params, batch, real, begun=total is not None), params)
         if program is not None and programs[key].uses != program.uses:
             raise ValueError("the model function uses its weights differently for batches of different shapes")
         program = programs[key]
@@ -126,10 +132,29 @@ class _Program:
             self.uses, self.notes, self.lookups = recorder.uses, observer.notes, observer.lookups
             return recorder.moments
 
-        run, _ = compat.stage(moments, [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real)
+        run, self.types = compat.stage(moments, [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real)
         self._compiled = jax.jit(run)
         if not self.uses:
             raise ValueError("the function multiplies nothing with a weight of `params`: there is nothing to calibrate")
+
+    def memory(self, params, batch, real: jax.Array | None, begun: bool) -> MemoryEstimate:
+        """What `calibrate` allocates, beside the sums that it holds already if it has `begun`; compiles the program."""
+        arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
+        leaves = jax.tree.leaves(params)
+        compiled = self._compiled.lower(leaves, arrays, jnp.uint32(0), real).compile()
+        parts = {
+            # Those of a batch beside the sum of all before it, then the sum beside the finished ones.
+            "statistics": (1 if begun else 2) * memory.types_bytes(self.types),
+            "activations": memory.compiled_bytes(compiled),
+            # What lies in NumPy's memory is moved for every batch.
+            "copies of arguments": memory.types_bytes([a for a in (*leaves, *arrays) if isinstance(a, np.ndarray)]),
+        }
+        return MemoryEstimate(
+            "calibrate",
+            {what: size for what, size in parts.items() if size},
+            "calibrate fewer weights at a time through a `recipe` that takes fewer, or use batches of fewer or shorter "
+            "sequences",
+        )
 
     def run(self, params, batch, position: jax.Array, real: jax.Array | None) -> list[Moments]:
         """Moments of every site, over one batch."""

@@ -55,6 +55,18 @@ class Job:
         dtype = None if self.inputs is None else self.inputs.gram.dtype
         return self.config, self.shape, self.leaf.dtype, dtype
 
+    def types(self, size: int) -> tuple[jax.ShapeDtypeStruct, Any]:
+        """The types of `size` of its matrices and of their statistics, placed as they will be."""
+        arrays = jax.tree.leaves((self.leaf, self.inputs))
+        fixed = {a.sharding for a in arrays if isinstance(a, jax.Array) and a.committed and len(a.devices()) == 1}
+        place = fixed.pop() if len(fixed) == 1 else None
+
+        def stacked(shape, dtype):
+            return jax.ShapeDtypeStruct((size, *shape), jax.dtypes.canonicalize_dtype(dtype), sharding=place)
+
+        inputs = jax.tree.map(lambda a: stacked(a.shape[len(self.lead) :], a.dtype), self.inputs)
+        return stacked(self.shape, self.leaf.dtype), inputs
+
     def assemble(self, pieces: list[QTensor]) -> QTensor:
         """The weight's QTensor, from those of its matrices `[count, in, out]`."""
         out_shape = tuple(self.leaf.shape[a] for a in self.out)

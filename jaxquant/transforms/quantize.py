@@ -1,8 +1,7 @@
 """Applies methods to the weights of a parameter tree, equal shapes together."""
 
-import dataclasses
-import enum
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxquant.kernels.reference import dense, round_input
-from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.affine import choose_qparams
+from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
-from jaxquant.numerics.spec import ActivationSpec
 from jaxquant.numerics.statistics import InputStatistics
+from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.jobs import Job, Span, chunks, take
+from jaxquant.transforms.judge import FALLBACKS, Fallback, solve_one
+from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.recipe import needs_statistics, resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
@@ -27,24 +25,6 @@ from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 # Without statistics, leaves that have one of these in their name, or are in a norm, are no weights.
 NOT_WEIGHTS = ("scale", "bias", "embed", "norm", "gain", "gamma", "beta")
 
-
-class Fallback(enum.IntEnum):
-    """Why a matrix was rounded to nearest in place of the method's answer."""
-
-    NONE = 0
-    NO_TOKENS = 1
-    NOT_JUDGED = 2
-    WORSE = 3
-    NOT_FINITE = 4
-
-
-FALLBACKS: dict[int, str | None] = {
-    Fallback.NONE: None,
-    Fallback.NO_TOKENS: "no calibration tokens",
-    Fallback.NOT_JUDGED: "no held-out tokens to judge by",
-    Fallback.WORSE: "worse than RTN on held-out tokens",
-    Fallback.NOT_FINITE: "statistics are not finite",
-}
 
 ACTIVATIONS = {None: "none", False: "dynamic", True: "static"}  # by `ActivationSpec.static`
 
@@ -56,6 +36,8 @@ def quantize_params(
 
     No matrix is ever kept that does worse than rounding to nearest on held-out calibration tokens: it falls back to
     that, and so does one whose input saw no token. The report says so.
+
+    How much memory it will take is logged, at level INFO of the logger "jaxquant", before the first matrix is solved.
 
     Args:
       params: any pytree of arrays.
@@ -71,10 +53,12 @@ def quantize_params(
 
     Raises:
       ValueError: a weight with entries that are not finite, a group size that does not divide the inputs, a method
-        without the statistics it needs, a rule that takes nothing. Nothing is computed before all of it is checked.
+        without the statistics it needs, a rule that takes nothing, or more memory needed than is available. Nothing is
+        computed before all of it is checked.
     """
     named = dict(named_leaves(params, is_qtensor))
     jobs = _plan(named, stats, recipe)
+    memory.ensure_fits(_memory(jobs), params)
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     total, done = sum(job.count for job in jobs), 0
@@ -85,7 +69,7 @@ def quantize_params(
             done += span.size
         if progress is not None:
             progress(done, total)
-    quantized = {job.path: job.assemble(pieces[job.path]) for job in jobs}
+    quantized = {job.path: job.assemble(pieces.pop(job.path)) for job in jobs}
     structure = jax.tree.structure(params, is_leaf=is_qtensor)
     tree = jax.tree.unflatten(structure, [quantized.get(path, leaf) for path, leaf in named.items()])
     order = tuple(layer for path in named for layer in layers.get(path, ()))
@@ -132,7 +116,17 @@ def _job(path: str, leaf, config, stats: Statistics | None) -> Job:
         return Job(path, leaf, config, (-1,), tuple(range(-ndim, -1)), None)
     product = stats.products[path]
     contract, out = (tuple(a - ndim for a in axes) for axes in (product.contract, product.out))
-    return Job(path, leaf, config, contract, out, product.inputs)
+    inputs = _with_ranges(path, product.inputs) if config.spec.static_activations else product.inputs
+    return Job(path, leaf, config, contract, out, inputs)
+
+
+def _with_ranges(path: str, inputs: InputStatistics) -> InputStatistics:
+    """The statistics, in which an expert that saw no token has the widest range of the others for its static scale."""
+    seen = inputs.count[..., None] > 0
+    if not jnp.any(seen):
+        raise ValueError(f"'{path}': its input saw no calibration token, so it has no static range; use a dynamic one")
+    widest = jnp.max(inputs.absmax, axis=tuple(range(inputs.absmax.ndim - 1)))
+    return dataclasses.replace(inputs, absmax=jnp.where(seen, inputs.absmax, widest))
 
 
 def _check(job: Job) -> None:
@@ -148,11 +142,39 @@ def _check(job: Job) -> None:
         job.config.spec.num_groups(job.shape[0])
     except ValueError as error:
         raise ValueError(f"'{job.path}': {error}") from None
-    bad = int(jnp.sum(~jnp.isfinite(job.leaf)))
+    bad = int(_nonfinite(job.leaf))
     if bad:
         raise ValueError(
             f"'{job.path}': {bad} of its {job.leaf.size} entries are not finite; repair or exclude the weight"
         )
+
+
+@jax.jit  # as one operation, which keeps no mask of the weight's size
+def _nonfinite(leaf) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf))
+
+
+def _memory(jobs: list[Job]) -> MemoryEstimate:
+    """What `quantize_params` allocates for some jobs; compiles the methods."""
+    results, chunk, seen = dict.fromkeys(jobs, 0), 0, set()
+    for spans, size in chunks(jobs):
+        job = spans[0].job
+        if job.kind not in seen:
+            seen.add(job.kind)
+            w, inputs = job.types(size)
+            lowered = _run.lower(job.config, w, inputs)
+            given, result = memory.types_bytes((w, inputs)), memory.types_bytes(lowered.out_info)
+            running = given + memory.compiled_bytes(lowered.compile()) + result
+            chunk = max(chunk, running, 2 * given)  # the matrices of several weights are put together first
+        for span in spans:
+            results[span.job] += math.ceil(result * span.size / size)
+    parts = {
+        "quantized weights": sum(results.values()),
+        "matrices at work": max(chunk, *results.values()),  # or, at the end, the copy that puts a weight together
+    }
+    return MemoryEstimate(
+        "quantize_params", parts, "quantize fewer weights per call through rules with None for others"
+    )
 
 
 def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[LayerReport]]]:
@@ -162,6 +184,7 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
     if count < size:  # the last chunk runs in the same program as the others
         parts.append(jax.tree.map(lambda a: jnp.repeat(a[-1:], size - count, 0), parts[-1]))
     w, inputs = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
+    del parts  # or they would stay in memory while the method runs
     q, facts = jax.block_until_ready(_run(spans[0].job.config, w, inputs))
     facts = jax.tree.map(np.asarray, facts)
     seconds = (time.perf_counter() - start) / count
@@ -178,52 +201,7 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(config, w: jax.Array, inputs: InputStatistics | None):
-    return jax.vmap(functools.partial(_one, config))(w, inputs)
-
-
-def _one(config, w: jax.Array, inputs: InputStatistics | None) -> tuple[QTensor, dict[str, jax.Array]]:
-    """One matrix: the method's answer or rounding to nearest, whichever is better on held-out tokens."""
-    q, info = config.quantize(w, inputs)
-    if inputs is None:
-        return q, {f"info/{k}": v for k, v in info.items()}
-    nearest, _ = RTN(config.spec).quantize(w, None)
-    x, activations = inputs.held_out, config.spec.activations
-    input_scale = _input_scale(inputs.absmax, activations, q.scale.dtype) if config.spec.static_activations else None
-    shift = round_input(x, input_scale, activations) - x
-    scale = _energy(_product(x, w))
-    errors = [
-        _energy(_product(x, _dense(a, x) - w.astype(x.dtype)) + _product(shift, _dense(a, x))) for a in (q, nearest)
-    ]
-    error, rtn_error = (jnp.where(e > 0, e / scale, e) for e in errors)  # a weight of zeros has none
-    fallback = jnp.where(error <= rtn_error, Fallback.NONE, Fallback.WORSE)
-    fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, Fallback.NOT_FINITE)
-    fallback = jnp.where(jnp.any(x != 0), fallback, Fallback.NOT_JUDGED)
-    fallback = jnp.where(inputs.count > 0, fallback, Fallback.NO_TOKENS)
-    if isinstance(config, RTN):
-        fallback = jnp.zeros_like(fallback)
-    q = jax.tree.map(lambda a, b: jnp.where(fallback > 0, b, a), q, nearest)
-    q = dataclasses.replace(q, input_scale=input_scale)
-    facts = {"tokens": inputs.count, "dropped": inputs.dropped, "rtn_error": rtn_error, "fallback": fallback}
-    facts["error"] = jnp.where(fallback > 0, rtn_error, error)
-    return q, facts | {f"info/{k}": v for k, v in info.items()}
-
-
-def _input_scale(absmax: jax.Array, activations: ActivationSpec, dtype) -> jax.Array:
-    """The static scale `[1, 1]` of inputs whose channels reach as far as `absmax` `[K]`."""
-    spec = dataclasses.replace(activations.spec, scale_dtype=dtype.name)
-    return choose_qparams(absmax[:, None], spec)[0]
-
-
-def _dense(q: QTensor, x: jax.Array) -> jax.Array:
-    return dense(q).astype(x.dtype)
-
-
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.matmul(x, w.astype(x.dtype), precision=lax.Precision.HIGHEST)
-
-
-def _energy(y: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(y))
+    return jax.vmap(one_by_one_on_cpu(functools.partial(solve_one, config)))(w, inputs)
 
 
 def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerReport:

@@ -25,7 +25,7 @@ class LayerReport:
         the weight that was kept, both with inputs rounded to x̂; None without held-out tokens.
       fallback: why rounding to nearest was kept in place of the method's answer; None where it was not.
       info: what the method itself reports (GPTQ: damping, dead channels); None where a number is not finite.
-      seconds: its share of the wall clock, compilation included.
+      seconds: its share of the wall clock, without compiling the method.
     """
 
     path: str
