@@ -1,5 +1,6 @@
 """Applies methods to the weights of a parameter tree, equal shapes together."""
 
+import dataclasses
 import functools
 import math
 import time
