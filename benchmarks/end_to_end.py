@@ -98,11 +98,6 @@ def table(results: list[dict[str, dict]]) -> str:
     return "\n".join([*head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
-def version_in(python: str) -> str:
-    code = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in ('llmcompressor', 'torch')))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", required=True, metavar="PYTHON", help="interpreter that has llm-compressor")
@@ -112,6 +107,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
     results = race(options.peer, options.rounds, options.layers, options.hidden)
-    print(f"\n{environment.line()} · {version_in(options.peer)}\n\n{table(results)}")
+    print(f"\n{environment.line(options.peer)}\n\n{table(results)}")
     if options.out:
-        options.out.write_text(json.dumps({**environment.describe(), "rounds": results}, indent=1) + "\n")
+        about = environment.describe() | environment.peer_versions(options.peer)
+        options.out.write_text(json.dumps({**about, "rounds": results}, indent=1) + "\n")
