@@ -11,8 +11,8 @@ with vmap, and one by one.
 """
 
 import argparse
-import functools
 import contextlib
+import functools
 import json
 import subprocess
 import tempfile
@@ -123,12 +123,10 @@ def solve_row(k: int, config, rounds: int) -> dict:
 def peer_row(python: str, k: int, config, rounds: int) -> dict:
     w, stats = problem(k, k)
     ours = jax.jit(config.quantize)
-    times = []
     with peer_solver(python, config, w, stats.gram) as theirs:
         q, _ = ours(w, stats)
         theirs()
-        for _ in range(rounds):
-            times.append((seconds(lambda: ours(w, stats)), theirs()))
+        times = [(seconds(lambda: ours(w, stats)), theirs()) for _ in range(rounds)]
     row = {"size": k, "jaxquant": median(a for a, _ in times), "llm-compressor": median(b["seconds"] for _, b in times)}
     row["llm-compressor / jaxquant"] = median(b["seconds"] / a for a, b in times)
     row["error, jaxquant"] = output_error(w, q, stats.gram)

@@ -59,6 +59,11 @@ def estimate(difference: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
+def shown(difference: np.ndarray, sign: str = "") -> str:
+    mean, stderr = estimate(difference)
+    return f"{mean:{sign}.4f} ± {stderr:.4f}"
+
+
 def measure(peer: str) -> dict:
     text = workflows.TextSource("tinylm")
     model, _ = jq.load_pretrained("tinylm")
@@ -74,8 +79,9 @@ def measure(peer: str) -> dict:
                 for tool, make in {"jaxquant": ours, "llm-compressor": lambda *a: theirs(peer, *a)}.items():
                     out = Path(folder) / f"{name} {order} {tool}".replace(" ", "_")
                     make(tokens, out, *spec, act_order)
-                    found.setdefault(name, {})[f"{tool}, {order}"] = losses(out, windows) - floats
-                    print(f"{name:<16}{tool:<16}{order:<10}%.4f ± %.4f" % estimate(losses(out, windows) - floats))
+                    increase = losses(out, windows) - floats
+                    found.setdefault(name, {})[f"{tool}, {order}"] = increase
+                    print(f"{name:<16}{tool:<16}{order:<10}{shown(increase)}", flush=True)
     return {"float": float(floats.mean()), "calibration_tokens": samples.size, "increases": found}
 
 
@@ -84,9 +90,9 @@ def table(measured: dict) -> str:
     columns = list(next(iter(found.values())))
     lines = ["| | " + " | ".join(columns) + " | best − best |", "|---" * (len(columns) + 2) + "|"]
     for name, row in found.items():
-        cells = ["%.4f ± %.4f" % estimate(row[c]) for c in columns]
+        cells = [shown(row[c]) for c in columns]
         best = [min((row[c] for c in columns if tool in c), key=np.mean) for tool in ("jaxquant", "llm-compressor")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " | %+.4f ± %.4f |" % estimate(best[0] - best[1]))
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {shown(best[0] - best[1], '+')} |")
     note = f"{measured['calibration_tokens']:,} calibration tokens, {WINDOWS * (LENGTH - 1):,} scored held-out tokens"
     return f"{note}; float loss {measured['float']:.4f}\n\n" + "\n".join(lines)
 

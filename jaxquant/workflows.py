@@ -20,7 +20,7 @@ from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
-BATCH = 8  # sequences that run together in calibration
+BATCH = 4  # sequences that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
@@ -143,9 +143,14 @@ def quantize_checkpoint(
 
 def _check_finite(directory: Path, params: Any) -> None:
     for path, leaf in named_leaves(params):
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        bad = int(_count_not_finite(leaf))
         if bad:
             raise ValueError(f"{directory}: '{path}': {bad} of its {leaf.size} entries are not finite; repair it first")
+
+
+@jax.jit
+def _count_not_finite(leaf) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf))
 
 
 class Evaluation(NamedTuple):

@@ -14,7 +14,7 @@ from jaxquant.numerics.layout import to_canonical
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.statistics import InputStatistics
 
-CHUNK_BYTES = 2**27  # matrices and statistics that one compiled call works on, at most
+CHUNK_BYTES = 2**25  # matrices and statistics that one compiled call works on, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
