@@ -16,11 +16,16 @@ def _cores() -> str:
     return f"{present} cores" if allowed == present else f"pinned to {allowed} of {present} cores"
 
 
+def _command() -> str:
+    before = [None, *sys.argv]
+    return shlex.join(["python", *("PYTHON" if b == "--peer" else a for a, b in zip(sys.argv, before, strict=False))])
+
+
 def describe() -> dict[str, str]:
     """Command, date, device and versions."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "date": date.today().isoformat(),
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {_cores()})",
         "python": platform.python_version(),

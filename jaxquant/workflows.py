@@ -16,6 +16,7 @@ from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.jobs import count_not_finite
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.tracing.interpreter import named_leaves
@@ -143,14 +144,9 @@ def quantize_checkpoint(
 
 def _check_finite(directory: Path, params: Any) -> None:
     for path, leaf in named_leaves(params):
-        bad = int(_count_not_finite(leaf))
+        bad = int(count_not_finite(leaf))
         if bad:
             raise ValueError(f"{directory}: '{path}': {bad} of its {leaf.size} entries are not finite; repair it first")
-
-
-@jax.jit
-def _count_not_finite(leaf) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(leaf))
 
 
 class Evaluation(NamedTuple):

@@ -116,6 +116,12 @@ def _part(leaf, inputs, start, size: int, contract: tuple[int, ...], out: tuple[
     return take((w, inputs), start, size)
 
 
+@jax.jit
+def count_not_finite(leaf: jax.Array) -> jax.Array:
+    """How many entries are NaN or infinite; compiled, or a large array of booleans would be written first."""
+    return jnp.sum(~jnp.isfinite(leaf))
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def take(tree, start, size: int):
     """Some of the matrices of a stack, or of a tree of stacks."""

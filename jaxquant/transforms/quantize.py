@@ -16,7 +16,7 @@ from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.calibrate import Statistics
-from jaxquant.transforms.jobs import Job, Span, chunks, take
+from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
 from jaxquant.transforms.recipe import resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
@@ -144,7 +144,7 @@ def _check(job: Job) -> None:
         job.config.spec.num_groups(job.shape[0])
     except ValueError as error:
         raise ValueError(f"'{job.path}': {error}") from None
-    bad = int(jnp.sum(~jnp.isfinite(job.leaf)))
+    bad = int(count_not_finite(job.leaf))
     if bad:
         raise ValueError(
             f"'{job.path}': {bad} of its {job.leaf.size} entries are not finite; repair or exclude the weight"
