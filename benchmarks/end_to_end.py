@@ -4,7 +4,9 @@
 
 PYTHON is the interpreter of an environment with llm-compressor. The model is a random Llama in float32. Both tools read
 the same directory and tokens, use all cores, and write compressed-tensors, 4 bits in groups of 128 with act-order.
-Seconds are of the whole process, and without its imports (compilation is in both); memory is the peak resident set.
+Seconds are of the whole process, and without its imports (compilation is in both). The processor's own seconds mean
+something where other programs ran at the same time, if this is pinned to one core (`taskset -c 0`): threads that wait
+for each other are busy too. Memory is the peak resident set.
 """
 
 import argparse
@@ -64,7 +66,8 @@ def run(command: list) -> dict:
     if status:
         raise RuntimeError(f"{command} failed:\n{text[-3000:]}")
     inner = json.loads(text.strip().splitlines()[-1])["seconds"]
-    return {"process": wall, "without imports": inner, "peak MiB": usage.ru_maxrss / 1024}
+    busy = usage.ru_utime + usage.ru_stime
+    return {"process": wall, "without imports": inner, "CPU seconds": busy, "peak MiB": usage.ru_maxrss / 1024}
 
 
 def race(peer: str, rounds: int, layers: int, hidden: int) -> list[dict[str, dict]]:
@@ -98,11 +101,6 @@ def table(results: list[dict[str, dict]]) -> str:
     return "\n".join([*head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
-def version_in(python: str) -> str:
-    code = "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in ('llmcompressor', 'torch')))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", required=True, metavar="PYTHON", help="interpreter that has llm-compressor")
@@ -112,6 +110,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
     results = race(options.peer, options.rounds, options.layers, options.hidden)
-    print(f"\n{environment.line()} · {version_in(options.peer)}\n\n{table(results)}")
+    print(f"\n{environment.line(options.peer)}\n\n{table(results)}")
     if options.out:
-        options.out.write_text(json.dumps({**environment.describe(), "rounds": results}, indent=1) + "\n")
+        about = environment.describe() | environment.peer_versions(options.peer)
+        options.out.write_text(json.dumps({**about, "rounds": results}, indent=1) + "\n")

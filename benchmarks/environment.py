@@ -4,26 +4,44 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from datetime import date
 
 import jax
 
 
+def _cores() -> str:
+    allowed, present = len(os.sched_getaffinity(0)), os.cpu_count()
+    return f"{present} cores" if allowed == present else f"pinned to {allowed} of {present} cores"
+
+
+def _command() -> str:
+    before = [None, *sys.argv]
+    return shlex.join(["python", *("PYTHON" if b == "--peer" else a for a, b in zip(sys.argv, before, strict=False))])
+
+
 def describe() -> dict[str, str]:
     """Command, date, device and versions."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "date": date.today().isoformat(),
-        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {_cores()})",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
 
-def line() -> str:
-    """The same in one line of Markdown."""
-    about = describe()
+def peer_versions(python: str) -> dict[str, str]:
+    """Versions in the environment of another interpreter."""
+    code = "import importlib.metadata as m; print(*(m.version(p) for p in ('llmcompressor', 'torch')))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return dict(zip(("llm-compressor", "torch"), found, strict=True))
+
+
+def line(peer: str | None = None) -> str:
+    """The same in one line of Markdown, with the versions of a peer's interpreter if one is given."""
+    about = describe() | ({} if peer is None else peer_versions(peer))
     command = about.pop("command")
     return f"`{command}` · " + " · ".join(f"{k} {v}" if k not in ("date", "device") else v for k, v in about.items())

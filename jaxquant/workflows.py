@@ -16,12 +16,13 @@ from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.jobs import count_not_finite
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
-BATCH = 8  # sequences that run together in calibration
+BATCH = 4  # sequences that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
@@ -144,7 +145,7 @@ def quantize_checkpoint(
 
 def _check_finite(directory: Path, params: Any) -> None:
     for path, leaf in named_leaves(params):
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        bad = int(count_not_finite(leaf))
         if bad:
             raise ValueError(f"{directory}: '{path}': {bad} of its {leaf.size} entries are not finite; repair it first")
 

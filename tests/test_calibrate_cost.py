@@ -59,7 +59,7 @@ def test_cost_is_one_forward_pass_and_one_gram_matrix_per_input():
     fn = lambda p, x: (jnp.tanh(x @ p["q"]) * (x @ p["k"])) @ p["o"]  # noqa: E731
     program = _Program(fn, params, normal(t, k), None, None)
     x, start = normal(t, k), jnp.uint32(0)
-    args = (jax.tree.leaves(params), [x], start, None)
+    args = (program.nothing(), jax.tree.leaves(params), [x], start, None)
     flops = program._compiled.lower(*args).compile().cost_analysis()["flops"]
     forward = 2 * t * k * n * 2  # the last product feeds no statistics, and is not computed
     grams = 2 * t * (k * k + n * n)

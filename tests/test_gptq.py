@@ -149,6 +149,22 @@ def test_output_error_in_float32(config, gain):
     assert abs(error / best - 1) < 0.01
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(
+    "spec",
+    [int3(group_size=32), int3(), asymmetric(int3(group_size=32)), QuantSpec(bits=3, granularity="per_tensor")],
+    ids=str,
+)
+def test_clipped_scales_bring_the_weights_closer(spec, act_order):
+    x, w = correlated(160, 320), weights(160, 32)
+    stats = statistics_of(x)
+    extremes, _ = run(w, stats, GPTQ(spec, act_order=act_order))
+    clipped, _ = run(w, stats, GPTQ(spec, act_order=act_order, mse=True))
+    clipped.validate()
+    assert np.all(clipped.scale <= extremes.scale) or not act_order  # else they are not those of the same weights
+    assert output_error(w, clipped, stats.gram) < output_error(w, extremes, stats.gram)
+
+
 def test_neither_block_size_nor_the_unit_of_the_inputs_matters():
     x, w = correlated(96, 400), weights(96, 16)
     results = [
@@ -231,6 +247,7 @@ def test_stacking_batches_no_loop_bound_and_no_branch(act_order):
         ({"spec": 4}, "spec=4 is not a QuantSpec"),
         ({"spec": QuantSpec(granularity="per_token")}, "per_token is for activations"),
         ({"act_order": 1}, "act_order=1 must be True or False"),
+        ({"mse": None}, "mse=None must be True or False"),
         ({"percdamp": -0.1}, "percdamp=-0.1 must be a fraction"),
         ({"percdamp": float("nan")}, "percdamp=nan must be a fraction"),
         ({"block_size": 0}, "block_size=0 must be a positive whole number"),

@@ -17,28 +17,17 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-SETTINGS = {"bits": 4, "group_size": 128, "act_order": True, "batch_size": 1, "method": "gptq", "symmetric": True}
+SETTINGS = {"bits": 4, "group_size": 128, "act_order": True}
 
 
-def modifiers(bits, group_size, act_order, method, symmetric, **_):
-    weights = {
-        "num_bits": bits,
-        "symmetric": symmetric,
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size,
-    }
-    if method == "awq":
-        from llmcompressor.modifiers.awq import AWQModifier
-
-        torch.Tensor.pin_memory = lambda self, *_: self  # it pins memory for a GPU, and fails where there is none
-        groups = {"linears": {"targets": ["Linear"], "weights": weights}}
-        return [AWQModifier(config_groups=groups, ignore=["lm_head"])]
-    groups = {"linears": {"targets": ["Linear"], "weights": {**weights, "actorder": "static" if act_order else None}}}
-    return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
+def gptq(bits: int, group_size: int | None, act_order: bool) -> GPTQModifier:
+    weights = {"num_bits": bits, "symmetric": True, "strategy": "group" if group_size else "channel"}
+    groups = {"linears": {"targets": ["Linear"], "weights": {**weights, "group_size": group_size}}}
+    # Not within the weights' own settings: there, None would mean the modifier's default, which is act-order.
+    return GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static" if act_order else None)
 
 
 def main(model: str, tokens: str, out: str, settings: str = "{}") -> None:
-    chosen = SETTINGS | json.loads(settings)
     start = time.perf_counter()
     samples = np.load(tokens)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -46,8 +35,8 @@ def main(model: str, tokens: str, out: str, settings: str = "{}") -> None:
     before = time.perf_counter()
     oneshot(
         model=network,
-        dataset=DataLoader(rows, batch_size=chosen["batch_size"]),
-        recipe=modifiers(**chosen),
+        dataset=DataLoader(rows),
+        recipe=[gptq(**SETTINGS | json.loads(settings))],
         num_calibration_samples=len(samples),
         max_seq_length=samples.shape[1],
     )

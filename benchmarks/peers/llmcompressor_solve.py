@@ -1,8 +1,9 @@
 """Solves given problems with llm-compressor's `quantize_weight`, in llm-compressor's environment.
 
-    python llmcompressor_solve.py PROBLEM.npz GROUP_SIZE
+    python llmcompressor_solve.py PROBLEM.npz GROUP_SIZE ACT_ORDER
 
-The file holds `w` `[out, in]` and `gram` `[in, in]`. Prints a line of JSON when it is ready, and for each
+The file holds `w` `[out, in]` and `gram` `[in, in]`; ACT_ORDER is 0 or 1. Scales are those of the original weights, and
+are chosen before the clock starts. Prints a line of JSON when it is ready, and for each
 line that it reads one with the seconds of a solve and its output error, trace(Δ·gram·Δᵀ).
 """
 
@@ -17,7 +18,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
 
-def main(file: str, group_size: int) -> None:
+def main(file: str, group_size: int, act_order: bool) -> None:
     problem = np.load(file)
     w, gram = torch.from_numpy(problem["w"]), torch.from_numpy(problem["gram"])
     settings = QuantizationArgs(
@@ -25,7 +26,7 @@ def main(file: str, group_size: int) -> None:
         group_size=group_size,
         symmetric=True,
         strategy=QuantizationStrategy.GROUP,
-        actorder=ActivationOrdering.WEIGHT,
+        actorder=ActivationOrdering.WEIGHT if act_order else None,
     )
     groups = w.reshape(w.shape[0], -1, group_size)
     scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), settings)
@@ -41,4 +42,4 @@ def main(file: str, group_size: int) -> None:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main(sys.argv[1], int(sys.argv[2]))
+        main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")

@@ -1,7 +1,8 @@
 """GPTQ: rounds one input row after another and lets the rows to come make up for the error.
 
 Paper: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-arXiv:2210.17323. Original code: github.com/IST-DASLab/gptq. Names kept from there: act_order, percdamp, block_size.
+arXiv:2210.17323. Original code: github.com/IST-DASLab/gptq. Names kept from there: act_order, percdamp,
+block_size, mse.
 
 With W `[K, N]`, the inputs along axis 0, and H the damped mean of xᵀx, the paper takes H⁻¹ = CᵀC with C upper
 triangular and, for each row k in order, rounds w_k to ŵ_k and subtracts C[k, j] (w_k - ŵ_k) / C[k, k] from every later
@@ -22,7 +23,7 @@ Differences from the original code:
   its first row is reached, from the weights as compensated by all rows before it; there, only by those of earlier
   blocks. per_channel and per_tensor scales always come from the original weights, as there.
 - A channel that saw no input is rounded to nearest, not set to zero, and percdamp is a fraction of the mean diagonal
-  of the other channels. With no tokens at all the result is RTN's.
+  of the other channels. With no tokens at all the result is RTN's, unless mse has chosen other scales.
 - A Gram matrix that cannot be factored is damped more, instead of failing.
 - Groups never straddle blocks: a block is the largest multiple of the group size within block_size, or one group.
 """
@@ -42,6 +43,7 @@ from jaxquant.numerics.affine import choose_qparams, decode, encode
 from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.linalg import damped_udu
 from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.scale_search import search_qparams
 from jaxquant.numerics.spec import QuantSpec, check_weight_spec
 from jaxquant.numerics.statistics import InputStatistics
 
@@ -57,6 +59,8 @@ class GPTQ:
       act_order: round the channels of largest mean square input first, with static groups.
       percdamp: damping as a fraction of the mean diagonal of the Gram matrix.
       block_size: rows whose feedback is computed together; the result does not depend on it, up to rounding errors.
+      mse: choose scales that clip, by the squared error of the weights, in place of their extremes. It helps at 3 bits
+        and fewer.
 
     Raises:
       ValueError: a field is outside its range, or the spec is none for weights.
@@ -66,12 +70,14 @@ class GPTQ:
     act_order: bool = True
     percdamp: float = 0.01
     block_size: int = 128
+    mse: bool = False
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
         check_weight_spec(self.spec)
-        if not isinstance(self.act_order, bool):
-            raise ValueError(f"act_order={self.act_order!r} must be True or False")
+        for name in ("act_order", "mse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if not 0 <= self.percdamp < math.inf:
             raise ValueError(f"percdamp={self.percdamp!r} must be a fraction of the mean diagonal, 0 or more; try 0.01")
         if not isinstance(self.block_size, int) or self.block_size < 1:
@@ -114,7 +120,8 @@ def _gptq(config: GPTQ, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[st
     pad = (0, -k % block)  # rows of padding are channels that saw no input: nothing couples to them
     rows, gram = jnp.pad(w.astype(gram.dtype), (pad, (0, 0))), jnp.pad(gram, (pad, pad))
     spec = dataclasses.replace(config.spec, scale_dtype=config.spec.scale_dtype or w.dtype.name)
-    qparams = choose_qparams(rows, spec)
+    choose = search_qparams if config.mse else choose_qparams
+    qparams = choose(rows, spec)
     group = jnp.arange(rows.shape[0]) // (rows.shape[0] // qparams[0].shape[0])
     h, dead = _revive(gram)
     if config.act_order:
@@ -122,7 +129,7 @@ def _gptq(config: GPTQ, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[st
         rows, group, h = rows[order], group[order], h[order[:, None], order]
     factor = damped_udu(h, config.percdamp)
     dynamic = config.spec.granularity == "per_group" and not config.act_order
-    codes, qparams = _solve(rows, factor.upper, group, qparams, spec, block, dynamic)
+    codes, qparams = _solve(rows, factor.upper, group, qparams, spec, block, choose if dynamic else None)
     if config.act_order:
         codes = codes[jnp.argsort(order)]
     scale, zero_point = jax.tree.map(lambda a: a[: config.spec.num_groups(k)], qparams)
@@ -162,7 +169,7 @@ def _revive(gram):
     return gram + jnp.diag(jnp.where(dead, mean, 0)), dead
 
 
-def _solve(w, upper, group, qparams, spec, block, dynamic):
+def _solve(w, upper, group, qparams, spec, block, choose):
     """Rounds all rows, `block` at a time.
 
     Args:
@@ -172,7 +179,7 @@ def _solve(w, upper, group, qparams, spec, block, dynamic):
       qparams: scales and zero points `[G, N]`, or `[1, 1]` per tensor.
       spec: with the dtype of the scales filled in.
       block: a divisor of K.
-      dynamic: replace each group's qparams when its first row is reached.
+      choose: replaces each group's qparams when its first row is reached; None keeps them.
 
     Returns:
       int8 codes `[K, N]` and the qparams.
@@ -189,7 +196,7 @@ def _solve(w, upper, group, qparams, spec, block, dynamic):
         w_block = _rows(w, start, block)
         x = lax.fori_loop(0, b, add_earlier, w_block)
         u = _window(upper, (start, start), (block, block))
-        new_error, new_codes, qparams = _solve_block(w_block, x, u, _rows(group, start, block), qparams, spec, dynamic)
+        new_error, new_codes, qparams = _solve_block(w_block, x, u, _rows(group, start, block), qparams, spec, choose)
         return _set_rows(error, new_error, start), _set_rows(codes, new_codes, start), qparams
 
     state = jnp.zeros_like(w), jnp.zeros(w.shape, jnp.int8), qparams
@@ -197,18 +204,19 @@ def _solve(w, upper, group, qparams, spec, block, dynamic):
     return codes, qparams
 
 
-def _solve_block(w, x, upper, group, qparams, spec, dynamic):
+def _solve_block(w, x, upper, group, qparams, spec, choose):
     """Rounds one block, tile by tile. `w`: its weights; `x`: the same, compensated for all earlier blocks."""
     block = w.shape[0]
-    tile = math.gcd(TILE, spec.group_size if dynamic else block)
+    tile = math.gcd(TILE, spec.group_size if choose else block)
 
     def solve_tile(i, state):
         x, error, codes, qparams = state
         start = i * tile
-        if dynamic:
+        if choose:
             at = _rows(group, start, 1)[0]
             begins = lax.rem(start, spec.group_size) == 0
-            qparams = lax.cond(begins, lambda: _choose_group(w, x, upper, start, at, qparams, spec), lambda: qparams)
+            new = functools.partial(_choose_group, w, x, upper, start, at, qparams, spec, choose)
+            qparams = lax.cond(begins, new, lambda: qparams)
         u = _window(upper, (start, 0), (tile, block))
         own = _window(u, (0, start), (tile, tile))
         new_error, new_codes = _solve_tile(
@@ -221,7 +229,7 @@ def _solve_block(w, x, upper, group, qparams, spec, dynamic):
     return lax.fori_loop(0, block // tile, solve_tile, state)[1:]
 
 
-def _choose_group(w, x, upper, start, at, qparams, spec):
+def _choose_group(w, x, upper, start, at, qparams, spec, choose):
     """Sets row `at` of the qparams to those of the group that begins at row `start` of a block.
 
     They come from the weights as the paper has them at that point: with E the errors of the rows D that are done, rows
@@ -232,7 +240,7 @@ def _choose_group(w, x, upper, start, at, qparams, spec):
     w, x = _rows(w, start, size), _rows(x, start, size)
     u = _window(upper, (start, start), (size, size))
     w = w + solve_triangular(u, x - w, trans=1, unit_diagonal=True)
-    chosen = choose_qparams(w, dataclasses.replace(spec, granularity="per_channel", group_size=None))
+    chosen = choose(w, dataclasses.replace(spec, granularity="per_channel", group_size=None))
     return jax.tree.map(lambda a, b: _set_rows(a, b, at), qparams, chosen)
 
 

@@ -16,6 +16,8 @@ from jaxquant.numerics.spec import compute_dtype
 
 HELD_OUT_EVERY = 16  # one token in this many is held out of the sums
 SAMPLE_ROWS = 128  # held-out rows that are kept, those of smallest hash
+STRIPS = 4  # of a wide Gram matrix that are computed apart; with more of them, products get too narrow to be fast
+WIDE = 512  # channels from which on that saves time
 EMPTY = np.uint32(0xFFFFFFFF)  # the rank of a row of the sample that is not filled
 
 
@@ -99,11 +101,24 @@ def observe(x: jax.Array, position: jax.Array, real: jax.Array | None = None) ->
     kept = jnp.where(used[:, None], x, 0)
     count = jnp.sum(used, dtype=x.dtype)
     dropped = jnp.sum(real & ~finite, dtype=x.dtype)
-    gram = jnp.matmul(kept.T, kept, precision=lax.Precision.HIGHEST)
+    gram = _gram(kept)
     size = jnp.abs(kept)
     sample = finite & real & held
     rows, rank = smallest(jnp.where(sample[:, None], x, 0), jnp.where(sample, rank, EMPTY))
     return Moments(gram, jnp.sum(size, 0), jnp.max(size, 0, initial=0), count, dropped, rows, rank)
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """xᵀx of rows `[T, K]`. Of a wide one, strips from the diagonal on are computed; the rest is their transpose."""
+    k = x.shape[1]
+    width = k if k < WIDE else -(-k // STRIPS)
+    starts = range(0, k, width)
+    strips = [jnp.matmul(x[:, a : a + width].T, x[:, a:], precision=lax.Precision.HIGHEST) for a in starts]
+    rows = []
+    for i, (a, strip) in enumerate(zip(starts, strips, strict=True)):
+        left = [strips[j][:, a - starts[j] : a - starts[j] + width].T for j in range(i)]
+        rows.append(jnp.concatenate([*left, strip], 1))
+    return jnp.concatenate(rows)
 
 
 def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Moments:

@@ -1,5 +1,6 @@
 """One pass over calibration data records, for each weight, statistics of what it is multiplied with."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +17,9 @@ from jaxquant.transforms import memory
 from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.tracing import compat, interpreter
-from jaxquant.transforms.tracing.assemble import assemble, roles
+from jaxquant.transforms.tracing.assemble import Inputs, assemble, inputs_of, roles
 from jaxquant.transforms.tracing.observer import Observer
+from jaxquant.transforms.tracing.recorder import Recorder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,7 @@ def calibrate(
             raise ValueError("the model function uses its weights differently for batches of different shapes")
         program = programs[key]
         jax.block_until_ready(total)  # or statistics of several batches would wait in memory
-        new = program.run(params, batch, jnp.uint32(position % 2**32), real)
-        total = new if total is None else _merge(total, new)
-        del new  # or it would stay in memory beside the next batch's
+        total = program.add(program.nothing() if total is None else total, params, batch, position, real)
         position += _tokens(batch, real)
     if program is None or total is None:
         raise ValueError("calibration needs at least one batch, but `batches` is empty")
@@ -125,27 +125,30 @@ class _Program:
         matrices = {path for path, leaf in leaves if path in own and interpreter.is_matrix(leaf)}
         taken = matrices if recipe is None else set(resolve(recipe, self.sizes, matrices))
 
-        def moments(values, arrays, position, real):
-            observer = Observer(position, real)
+        def moments(total, values, arrays, position, real):
+            observer, recorder = Observer(position, real), Recorder(total=total)
             named = [(path, value) for (path, _), value in zip(leaves, values, strict=True)]
-            _, recorder = interpreter.start(observer, closed, named, arrays, lambda path, _: path in taken)
+            interpreter.start(observer, closed, named, arrays, lambda path, _: path in taken, recorder)
             self.uses, self.notes, self.lookups = recorder.uses, observer.notes, observer.lookups
-            return recorder.moments
+            return recorder.merged()
 
-        run, self.types = compat.stage(moments, [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real)
-        self._compiled = jax.jit(run)
+        args = [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real
+        _, self._types = compat.stage(moments, None, *args)
         if not self.uses:
             raise ValueError("the function multiplies nothing with a weight of `params`: there is nothing to calibrate")
+        run, _ = compat.stage(moments, self._types, *args)
+        self._compiled = jax.jit(run, donate_argnums=0)
 
     def memory(self, params, batch, real: jax.Array | None, begun: bool) -> MemoryEstimate:
         """What `calibrate` allocates, beside the sums that it holds already if it has `begun`; compiles the program."""
         arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
         leaves = jax.tree.leaves(params)
-        compiled = self._compiled.lower(leaves, arrays, jnp.uint32(0), real).compile()
+        compiled = self._compiled.lower(self._types, leaves, arrays, jnp.uint32(0), real).compile()
+        sums = memory.types_bytes(self._types)
         parts = {
-            # Those of a batch beside the sum of all before it, then the sum beside the finished ones.
-            "statistics": (1 if begun else 2) * memory.types_bytes(self.types),
-            "activations": memory.compiled_bytes(compiled),
+            "statistics": 0 if begun else sums,
+            # In the end the sums of layers that do not lie in one stack are copied into one.
+            "activations or results": max(memory.compiled_bytes(compiled), sums),
             # What lies in NumPy's memory is moved for every batch.
             "copies of arguments": memory.types_bytes([a for a in (*leaves, *arrays) if isinstance(a, np.ndarray)]),
         }
@@ -156,32 +159,31 @@ class _Program:
             "sequences",
         )
 
-    def run(self, params, batch, position: jax.Array, real: jax.Array | None) -> list[Moments]:
-        """Moments of every site, over one batch."""
+    def nothing(self) -> list[Moments]:
+        """Moments of every site, of no tokens."""
+        return [statistics.empty_like(m) for m in self._types]
+
+    def add(self, total: list[Moments], params, batch, position: int, real: jax.Array | None) -> list[Moments]:
+        """Merges moments of every site over one batch into the total, which is used up."""
         arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
-        return self._compiled(jax.tree.leaves(params), arrays, position, real)
-
-
-def _merge_all(total: list[Moments], new: list[Moments]) -> list[Moments]:
-    return [statistics.merge(a, b) for a, b in zip(total, new, strict=True)]
-
-
-_merge = jax.jit(_merge_all, donate_argnums=0)
+        return self._compiled(total, jax.tree.leaves(params), arrays, jnp.uint32(position % 2**32), real)
 
 
 def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
     program, notes = programs[0], [note for p in programs for note in p.notes]
-    products: dict[str, ProductStatistics] = {}
-    shared: dict = {}
+    found: dict[str, tuple[tuple, tuple, Inputs]] = {}
     for path in dict.fromkeys(use.path for use in program.uses):
         uses = {use: sites for use, sites in program.uses.items() if use.path == path}
         axes = roles(uses, program.sizes[path])
         if axes is None:
-            found = sorted({(use.contract, use.out) for use in uses})
-            notes.append((path, f"its products use its axes differently; (summed over, kept): {found}"))
+            ways = sorted({(use.contract, use.out) for use in uses})
+            notes.append((path, f"its products use its axes differently; (summed over, kept): {ways}"))
             continue
-        inputs = assemble(uses, total, *axes, program.sizes[path], shared)
-        products[path] = ProductStatistics(*axes, inputs)
+        found[path] = (*axes, inputs_of(uses, *axes, program.sizes[path]))
+    distinct = dict.fromkeys(inputs for _, _, inputs in found.values())
+    readers = collections.Counter(site for inputs in distinct for site in inputs.sites)
+    shared = {inputs: assemble(inputs, total, all(readers[s] == 1 for s in inputs.sites)) for inputs in distinct}
+    products = {path: ProductStatistics(contract, out, shared[i]) for path, (contract, out, i) in found.items()}
     every = [product.inputs for product in products.values()]
     if every and not any(jnp.any(i.count > 0) for i in every) and any(jnp.any(i.dropped > 0) for i in every):
         raise ValueError(

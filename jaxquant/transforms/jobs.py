@@ -14,7 +14,7 @@ from jaxquant.numerics.layout import to_canonical
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.statistics import InputStatistics
 
-CHUNK_BYTES = 2**27  # matrices and statistics that one compiled call works on, at most
+CHUNK_BYTES = 2**25  # matrices and statistics that one compiled call works on, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,6 +126,12 @@ def _part(leaf, inputs, start, size: int, contract: tuple[int, ...], out: tuple[
     w = w.reshape(math.prod(w.shape[:lead]), w.shape[lead], math.prod(w.shape[lead + 1 :]))
     inputs = jax.tree.map(lambda a: a.reshape(len(w), *a.shape[lead:]), inputs)
     return take((w, inputs), start, size)
+
+
+@jax.jit
+def count_not_finite(leaf: jax.Array) -> jax.Array:
+    """How many entries are NaN or infinite; compiled, or a large array of booleans would be written first."""
+    return jnp.sum(~jnp.isfinite(leaf))
 
 
 @functools.partial(jax.jit, static_argnums=2)

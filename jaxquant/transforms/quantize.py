@@ -16,7 +16,7 @@ from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Statistics
-from jaxquant.transforms.jobs import Job, Span, chunks, take
+from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
 from jaxquant.transforms.judge import FALLBACKS, Fallback, solve_one
 from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.recipe import needs_statistics, resolve, rules_of
@@ -143,16 +143,11 @@ def _check(job: Job) -> None:
         job.config.spec.num_groups(job.shape[0])
     except ValueError as error:
         raise ValueError(f"'{job.path}': {error}") from None
-    bad = int(_nonfinite(job.leaf))
+    bad = int(count_not_finite(job.leaf))
     if bad:
         raise ValueError(
             f"'{job.path}': {bad} of its {job.leaf.size} entries are not finite; repair or exclude the weight"
         )
-
-
-@jax.jit  # as one operation, which keeps no mask of the weight's size
-def _nonfinite(leaf) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(leaf))
 
 
 def _memory(jobs: list[Job]) -> MemoryEstimate:

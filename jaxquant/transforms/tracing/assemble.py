@@ -1,8 +1,10 @@
 """Puts the moments of a weight's uses together, with their leading axes in the weight's own order."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,31 +53,49 @@ def _shares_input(uses: Uses, axis: int) -> bool:
     return len({frozenset(sites) for sites in reads.values()}) == 1
 
 
-def assemble(
-    uses: Uses,
-    total: list[Moments],
-    contract: tuple[int, ...],
-    out: tuple[int, ...],
-    sizes: tuple[int, ...],
-    shared: dict,
-) -> InputStatistics:
-    """Statistics of one weight's inputs.
+class Inputs(NamedTuple):
+    """Where the statistics of a weight's inputs come from; equal for weights that share their inputs.
 
-    Args:
-      uses: its uses, and the sites that they read.
-      total: moments of each site.
-      contract, out: the roles of its axes.
-      sizes: of its axes.
-      shared: results by what they are made of, so that weights that share inputs share one object.
+    Attributes:
+      reads: (positions in the grid of what the moments stack, site), sorted.
+      grid: sizes of the weight's axes that stack matrices.
     """
+
+    reads: tuple[tuple[tuple[int, ...], int], ...]
+    grid: tuple[int, ...]
+
+    @property
+    def sites(self) -> set[int]:
+        """The sites that are read."""
+        return {site for _, site in self.reads}
+
+
+def inputs_of(uses: Uses, contract: tuple[int, ...], out: tuple[int, ...], sizes: tuple[int, ...]) -> Inputs:
+    """What the uses of one weight read; its axes have these roles and sizes."""
     axes = [a for a in range(len(sizes)) if a not in contract + out]
     reads = {(tuple(use.positions(axes, sizes).tolist()), site) for use, sites in uses.items() for site in sites}
-    grid = tuple(sizes[a] for a in axes)
-    key = tuple(sorted(reads)), grid
-    if key not in shared:
-        positions = tuple(at for at, _ in key[0])
-        shared[key] = _finished(positions, grid, [total[site] for _, site in key[0]])
-    return shared[key]
+    return Inputs(tuple(sorted(reads)), tuple(sizes[a] for a in axes))
+
+
+def assemble(inputs: Inputs, total: list[Moments], last: bool) -> InputStatistics:
+    """Statistics of the inputs of one or several weights.
+
+    Args:
+      inputs: where they come from.
+      total: moments of each site.
+      last: whether these moments are read for the last time; where possible, their memory is that of the result.
+    """
+    positions = tuple(at for at, _ in inputs.reads)
+    moments = [total[site] for _, site in inputs.reads]
+    layers = tuple(range(math.prod(inputs.grid)))
+    if last and positions == (layers,) and moments[0].count.shape == inputs.grid:
+        return _finished_in_place(moments[0].gram, dataclasses.replace(moments[0], gram=moments[0].count))
+    return _finished(positions, inputs.grid, moments)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _finished_in_place(gram: jax.Array, rest: Moments) -> InputStatistics:  # only the gram is large
+    return statistics.finish(dataclasses.replace(rest, gram=gram))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -238,11 +238,18 @@ def trace(fn: Callable, params: Any, inputs: tuple, is_leaf: Callable | None = N
     return closed, jax.tree.structure(result), leaves, arrays
 
 
-def start(handler: Handler, closed, leaves: list, arrays: list, chosen: Callable[[str, Any], bool]):
+def start(
+    handler: Handler,
+    closed,
+    leaves: list,
+    arrays: list,
+    chosen: Callable[[str, Any], bool],
+    recorder: Recorder | None = None,
+):
     """Interprets a traced function, following the weights that `chosen(path, leaf)` picks.
 
     Returns `(flat results, recorder)`; results may be views.
     """
-    it = Interpreter(handler)
+    it = Interpreter(handler, Recorder() if recorder is None else recorder)
     args = [make_view(path, leaf) if chosen(path, leaf) else leaf for path, leaf in leaves]
     return it.run(closed, args + arrays), it.recorder

@@ -87,6 +87,21 @@ def _merged(a: list, b: list) -> list:
     return [statistics.merge(x, y) for x, y in zip(a, b, strict=True)]
 
 
+def _stack(it, site: int, length: int, layer):
+    """Moments of all layers to merge a scan's into: those of earlier batches, if this scope has them."""
+    total = it.recorder.include(site)
+    if total is not None:
+        return total
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((length, *a.shape), a.dtype), layer)
+    return jax.tree.map(compat.varying_as, statistics.empty_like(shapes), layer)
+
+
+def _merged_at(stack, layer, i):
+    """The stack, with one layer's moments merged into its own. In a carry that needs no second stack in memory."""
+    both = statistics.merge(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stack), layer)
+    return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), stack, both)
+
+
 def call_scan(it, eqn, ins: list) -> list:
     """A scan: a view among the sliced inputs becomes, in the body, a view of one layer, and its statistics stack."""
     if eqn.params["length"] == 0:
@@ -114,14 +129,17 @@ def call_scan(it, eqn, ins: list) -> list:
 
     steps = (jnp.arange(eqn.params["length"]), arrays)
     first = jax.tree.map(lambda a: lax.index_in_dim(a, 0, keepdims=False), steps)  # only its type is used
-    run, (_, _, shapes, _) = compat.stage(body, carry, first)
+    run, (_, _, shapes, layers) = compat.stage(body, carry, first)
 
     def step(state, x):
-        outs, ys, summed, stacked = run(state[0], x)
-        return (outs, _merged(state[1], summed)), (ys, stacked)
+        outs, ys, summed, layer = run(state[0], x)
+        stacked = [_merged_at(stack, m, x[0]) for stack, m in zip(state[2], layer, strict=True)]
+        return (outs, _merged(state[1], summed), stacked), ys
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    (outs, summed), (ys, stacked) = lax.scan(step, (carry, _empty(shapes)), steps, **options)
+    sites = [j for j, scans in enumerate(function.recorder.scans) if token in scans]
+    stacks = [_stack(it, j, options["length"], layer) for j, layer in zip(sites, layers, strict=True)]
+    (outs, summed, stacked), ys = lax.scan(step, (carry, _empty(shapes), stacks), steps, **options)
     pick = {False: iter(summed), True: iter(stacked)}
     moments = [next(pick[token in scans]) for scans in function.recorder.scans]
     return _merge(it, function, (_with([*outs, *ys], through), moments))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from jaxquant.numerics import statistics
 from jaxquant.numerics.statistics import Moments
 from jaxquant.transforms.tracing.views import Factor, Lead
 
@@ -88,6 +89,8 @@ class Recorder:
       uses: sites that each use reads.
       known: what each site was made of, and its number.
       keeps: whether statistics can leave this scope; those of a loop's condition cannot.
+      total: of each site, moments of earlier batches that are to be merged in; only the outermost scope has them.
+      included: sites whose moments have their total merged in already.
     """
 
     moments: list[Moments] = dataclasses.field(default_factory=list)
@@ -95,6 +98,8 @@ class Recorder:
     uses: dict[Use, set[int]] = dataclasses.field(default_factory=dict)
     known: dict = dataclasses.field(default_factory=dict)
     keeps: bool = True
+    total: list[Moments] | None = None
+    included: set[int] = dataclasses.field(default_factory=set)
 
     def record(self, use: Use, arrays: tuple, signature: tuple, make: Callable[[], Moments]) -> None:
         """Notes a use whose moments `make()` computes, unless a use before it read the same.
@@ -111,6 +116,19 @@ class Recorder:
             self.scans.append(tuple(lead.loop for lead in use.leads if lead.how == "scan"))
             self.known[key] = (len(self.moments) - 1, arrays)  # the arrays are kept, so that their ids stay theirs
         self.uses.setdefault(use, set()).add(self.known[key][0])
+
+    def include(self, site: int) -> Moments | None:
+        """The total of a site of the scope that is absorbed next, for a caller that merges it in; None without one."""
+        if self.total is None:
+            return None
+        self.included.add(len(self.moments) + site)
+        return self.total[len(self.moments) + site]
+
+    def merged(self) -> list[Moments]:
+        """The moments of each site, with its total."""
+        pairs = zip(self.total or self.moments, self.moments, strict=True)
+        done = self.included if self.total is not None else range(len(self.moments))
+        return [new if i in done else statistics.merge(total, new) for i, (total, new) in enumerate(pairs)]
 
     def absorb(self, inner: "Recorder", moments: Iterable[Moments]) -> None:
         """Takes over the sites of an inner scope, whose moments are now the given ones."""
