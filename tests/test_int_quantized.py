@@ -159,16 +159,6 @@ def test_head_and_embedding_are_quantized_or_left(tmp_path):
     assert distance(model.apply(qparams, TOKENS), torch_logits(tmp_path / "head")) < 1e-5
 
 
-def test_a_tied_embedding_is_not_written(tmp_path):
-    model = jq.Model.from_hf({**CONFIG, "tie_word_embeddings": True})
-    params = model.init(jax.random.key(0))
-    recipe = [("embed_tokens/embedding", jq.RTN(jq.int8())), (".*", None)]
-    qparams, _ = jq.quantize_params(params, jq.calibrate(model.apply, params, [TOKENS]), recipe)
-    with pytest.raises(ValueError, match="is the output head too, and readers of compressed-tensors cannot share"):
-        jq.save(tmp_path / "out", model, qparams, format="compressed-tensors")
-    assert not (tmp_path / "out").exists()
-
-
 def written_upstream(directory, activations, targets=("Linear",)):
     """A random model, quantized and written by compressed-tensors alone; returns the weights that it stands for."""
     from compressed_tensors.compressors import ModelCompressor
