@@ -64,7 +64,7 @@ def test_grows_with_layers_and_with_sequence_length():
     assert parts(layers, few, short)["statistics"] == 2 * site(K)
     assert parts(layers, many, short)["statistics"] == 8 * site(K)
     assert parts(layers, few, long)["statistics"] == 2 * site(K)
-    assert parts(layers, few, short)["activations or results"] == 2 * site(K)  # the results, here
+    assert parts(layers, few, short)["activations or results"] >= 2 * site(K)
     assert parts(layers, few, long)["activations or results"] > 4 * 64 * T * K
 
 
@@ -112,8 +112,9 @@ def test_nothing_is_compiled_twice(place):
     params, x = place(attention_params()), place(normal(40 * T, K))
     program = _Program(attention, params, x, None, None)
     program.memory(params, x, None, begun=False)
+    total = program.nothing()
     with compilations() as seen:
-        program.run(params, x, jnp.uint32(0), None)
+        program.add(total, params, x, 0, None)
     assert not seen
     stats, config = calibrate(attention, params, [x]), GPTQ(int4(group_size=16))
     jobs = quantize_module._plan(params, stats, config)
@@ -127,7 +128,7 @@ def test_nothing_is_compiled_twice(place):
 
 
 def nothing_may_run(monkeypatch):
-    monkeypatch.setattr(_Program, "run", lambda *a: pytest.fail("a batch was run"))
+    monkeypatch.setattr(_Program, "add", lambda *a: pytest.fail("a batch was run"))
     monkeypatch.setattr(quantize_module, "_solve", lambda *a: pytest.fail("a matrix was solved"))
 
 
