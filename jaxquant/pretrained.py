@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from jaxquant.checkpoints.compressed_tensors import MODEL_DTYPES, CompressedTensors, write_compressed_tensors
+from jaxquant.checkpoints.compressed_tensors import CompressedTensors, check_floats, write_compressed_tensors
 from jaxquant.checkpoints.compressed_tensors_config import METHOD, check_spec
 from jaxquant.checkpoints.directory import check_new_directory, new_directory
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
@@ -140,10 +140,7 @@ def _open(directory: Path, storage: Any, config: DecoderConfig) -> Mapping[str, 
     """The tensors of a Hugging Face directory."""
     if storage is None:
         floats = Tensors(directory)
-        for name in floats:
-            dtype, _ = floats.layout(name)
-            if dtype not in MODEL_DTYPES:
-                raise ValueError(f"{directory}: tensor {name} is {dtype}; expected one of {', '.join(MODEL_DTYPES)}")
+        check_floats(floats, floats)
         return floats
     method = storage.get("quant_method") if isinstance(storage, dict) else storage
     if method != METHOD:

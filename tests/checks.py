@@ -58,7 +58,7 @@ def expected(rows, position, k):
     n = max(len(x), 1)
     return {
         "gram": x.T @ x / n,
-        "absmax": np.max(np.abs(x), 0, initial=0),
+        "absmax": np.max(np.abs(rows[finite]), 0, initial=0),
         "mean_abs": np.abs(x).sum(0) / n,
         "count": len(x),
         "dropped": int((~finite).sum()),

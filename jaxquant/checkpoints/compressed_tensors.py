@@ -8,7 +8,7 @@ dtype of the model (readers cast them to it).
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,14 @@ def write_compressed_tensors(
             raise OSError(f"{directory}: {module} reads back differently from what was written; check the disk")
 
 
+def check_floats(tensors: Tensors, names: Iterable[str]) -> None:
+    """Raises ValueError for the first of some tensors that holds no parameter of a float model."""
+    for name in sorted(names):
+        dtype, _ = tensors.layout(name)
+        if dtype not in MODEL_DTYPES:
+            raise ValueError(f"tensor {name} is {dtype}; expected one of {', '.join(MODEL_DTYPES)}")
+
+
 class CompressedTensors(Mapping[str, Any]):
     """The tensors of a compressed-tensors directory by name, each read when it is asked for.
 
@@ -91,6 +99,7 @@ class CompressedTensors(Mapping[str, Any]):
         self._parts = {m: self._check(m, parts[m] - {"bias"}) for m in modules}
         quantized = {f"{m}.{part}" for m, found in self._parts.items() for part in found}
         self._plain = {name for name in self._tensors if name not in quantized}
+        check_floats(self._tensors, self._plain)
         scales = {name for name in quantized if name.endswith("_scale")}
         dtypes = {self._tensors.layout(name)[0] for name in scales}
         if not dtypes <= {*MODEL_DTYPES} or len(dtypes) > 1:
@@ -101,6 +110,9 @@ class CompressedTensors(Mapping[str, Any]):
             return self._tensors[name]
         spec, module = self.specs[name], name.removesuffix(".weight")
         arrays = {part: self._tensors[f"{module}.{part}"] for part in self._parts[module]}
+        for part in sorted(arrays):
+            if part.endswith("_scale") and not _is_scale(arrays[part], positive=part == "input_scale"):
+                raise ValueError(f"{module}.{part} holds what is no scale: zeros, negative numbers, NaN or infinity")
         try:
             q = LAYOUTS[format_of(spec)].unpack(arrays, spec)
         except ValueError as error:
@@ -153,6 +165,10 @@ class CompressedTensors(Mapping[str, Any]):
         return shape[0], shape[1]
 
 
+def _is_scale(array: np.ndarray, positive: bool) -> bool:
+    return bool(np.isfinite(array).all() and (not positive or (array > 0).all()))
+
+
 def _check_expressible(
     tensors: Mapping[str, Any], quantized: Mapping[str, QTensor], classes: Mapping[str, str]
 ) -> None:
@@ -184,6 +200,8 @@ def _check_qtensor(q: QTensor, kind: str) -> None:
             f"{list(q.shape)} contracted over {q.contract}; expected the matrix of a {kind}, contracted over "
             f"{AXES[kind][0]}"
         )
+    if kind == "Embedding" and q.spec.activations is not None:
+        raise ValueError("its inputs are token ids, which cannot be rounded; leave out `activations`")
     if q.dtype not in MODEL_DTYPES or q.scale.dtype.name != q.dtype:
         raise ValueError(
             f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so "

@@ -58,7 +58,7 @@ def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, list[tuple[int, ...]]]:
 
 def pack(q: QTensor) -> dict[str, np.ndarray]:
     """A QTensor of one matrix as the arrays of the format."""
-    k, n = q.codes.shape
+    k, n = math.prod(q.in_shape), q.values.shape[-1]
     bits = q.spec.bits
     rows = np.asarray(q.values).T if bits <= PACKED_BITS else np.asarray(_pack_rows(q.unsigned_codes, bits))
     arrays = {"weight_packed": _as_words(rows, k, bits), "weight_scale": np.ascontiguousarray(np.asarray(q.scale).T)}

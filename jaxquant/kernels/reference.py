@@ -25,19 +25,19 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
 
 def ragged_matmul(x: jax.Array, q: QTensor, groups: jax.Array, preferred_element_type, precision) -> jax.Array:
     """`[T, K] · [E, K, N] -> [T, N]`, see `kernels.matmul.quantized_ragged_matmul`."""
-    scale = q.input_scale
+    scale, activations = q.input_scale, q.spec.activations
+    if activations is not None and not activations.static and activations.granularity == "per_tensor":
+        raise ValueError("a dynamic per_tensor range would be one for the rows of all experts; use per_token")
     if scale is not None:  # that of each row's expert
         scale = jnp.repeat(scale.reshape(-1, 1), groups, axis=0, total_repeat_length=len(x))
-    return lax.ragged_dot(
-        round_input(x, scale, q.spec.activations), dense(q), groups, precision, preferred_element_type
-    )
+    return lax.ragged_dot(round_input(x, scale, activations), dense(q), groups, precision, preferred_element_type)
 
 
 def round_input(x: jax.Array, scale: jax.Array | None, activations: ActivationSpec | None) -> jax.Array:
     """The inputs that the codes of a product's input stand for.
 
     The derivative is straight-through: 1 where x is no more than half a step beyond the codes, 0 elsewhere. A dynamic
-    range is that of x itself, so nothing lies further out.
+    range is that of x itself, so nothing lies further out, and its scale is differentiated too.
 
     Args:
       x: float `[*lead, T, K]`.
@@ -46,9 +46,14 @@ def round_input(x: jax.Array, scale: jax.Array | None, activations: ActivationSp
 
     Returns:
       The shape and dtype of x.
+
+    Raises:
+      ValueError: a static range without a scale.
     """
     if activations is None:
         return x
+    if activations.static and scale is None:
+        raise ValueError("static activations need a QTensor with an input_scale; quantize_params puts it there")
     if scale is None:
         contract = (-1,) if activations.granularity == "per_token" else (-2, -1)
         return fake_quantize(x, activations.spec, contract=contract, out=())

@@ -17,7 +17,9 @@ class ActivationSpec:
       symmetric: as in `QuantSpec`; static ranges are symmetric.
       granularity: which entries share a scale: those of one input row (`per_token`) or all (`per_tensor`). Left out, it
         is `per_tensor` where the range is static and `per_token` otherwise.
-      static: the scale comes from calibration and is kept with the weight; otherwise from the input itself.
+      static: the scale comes from calibration and is kept with the weight; otherwise from the input itself, as one
+        product on one device sees it: inside `shard_map`, from a device's part of a row, and per_tensor inside `vmap`,
+        from the whole batch.
 
     Raises:
       ValueError: a field is outside its range, or a static range is per_token or asymmetric.

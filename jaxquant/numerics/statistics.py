@@ -33,7 +33,7 @@ class Moments:
     Attributes:
       gram: sum of xᵀx, float `[*lead, K, K]`.
       abs_sum: sum of |x|, `[*lead, K]`.
-      absmax: largest |x|, `[*lead, K]`.
+      absmax: largest |x|, `[*lead, K]`, held-out rows included.
       count: rows in the sums, `[*lead]`.
       dropped: rows left out because they were not finite, `[*lead]`.
       rows: a sample of held-out rows, `[*lead, SAMPLE_ROWS, K]`, zero where not filled.
@@ -61,7 +61,7 @@ class InputStatistics:
     Attributes:
       gram: mean of xᵀx over tokens, float `[*lead, K, K]` (zero where no token was seen). Its dtype is the one that
         methods compute in.
-      absmax: largest |x| per channel, `[*lead, K]`.
+      absmax: largest |x| per channel, `[*lead, K]`; of held-out rows too, so that no static range clips a token it saw.
       mean_abs: mean |x| per channel, `[*lead, K]`.
       count: tokens in the means, `[*lead]`.
       dropped: tokens left out because an entry was not finite, `[*lead]`.
@@ -102,10 +102,10 @@ def observe(x: jax.Array, position: jax.Array, real: jax.Array | None = None) ->
     count = jnp.sum(used, dtype=x.dtype)
     dropped = jnp.sum(real & ~finite, dtype=x.dtype)
     gram = _gram(kept)
-    size = jnp.abs(kept)
+    size = jnp.where((finite & real)[:, None], jnp.abs(x), 0)
     sample = finite & real & held
     rows, rank = smallest(jnp.where(sample[:, None], x, 0), jnp.where(sample, rank, EMPTY))
-    return Moments(gram, jnp.sum(size, 0), jnp.max(size, 0, initial=0), count, dropped, rows, rank)
+    return Moments(gram, jnp.sum(jnp.abs(kept), 0), jnp.max(size, 0, initial=0), count, dropped, rows, rank)
 
 
 def _gram(x: jax.Array) -> jax.Array:
@@ -141,7 +141,7 @@ def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Mome
     gram = lax.ragged_dot_general(kept, kept, groups, dims, precision=lax.Precision.HIGHEST)
     share = member.astype(x.dtype)
     abs_sum = jnp.matmul(share, jnp.abs(kept), precision=lax.Precision.HIGHEST)
-    absmax = lax.map(lambda m: jnp.max(jnp.where(m[:, None], jnp.abs(kept), 0), 0, initial=0), member)
+    absmax = lax.map(lambda m: jnp.max(jnp.where(m[:, None], jnp.abs(x), 0), 0, initial=0), member & finite)
     count = jnp.sum(member & finite & ~held, -1, dtype=x.dtype)
     dropped = jnp.sum(member & ~finite, -1, dtype=x.dtype)
     order = jnp.where(member & finite & held, rank, EMPTY)

@@ -113,7 +113,8 @@ def _job(path: str, leaf, config, stats: Statistics | None) -> Job:
     ndim = np.ndim(leaf)
     if stats is None:
         return Job(path, leaf, config, (-2,), (-1,), None)
-    if path not in stats.products:  # an embedding: one scale, or row of groups, per row
+    if path not in stats.products:  # an embedding: one scale, or row of groups, per row, and no inputs to round
+        config = dataclasses.replace(config, spec=dataclasses.replace(config.spec, activations=None))
         return Job(path, leaf, config, (-1,), tuple(range(-ndim, -1)), None)
     product = stats.products[path]
     contract, out = (tuple(a - ndim for a in axes) for axes in (product.contract, product.out))
@@ -122,12 +123,16 @@ def _job(path: str, leaf, config, stats: Statistics | None) -> Job:
 
 
 def _with_ranges(path: str, inputs: InputStatistics) -> InputStatistics:
-    """The statistics, in which an expert that saw no token has the widest range of the others for its static scale."""
+    """The statistics, in which a matrix that saw no token has the widest range of its layer's others (or of all)."""
     seen = inputs.count[..., None] > 0
     if not jnp.any(seen):
         raise ValueError(f"'{path}': its input saw no calibration token, so it has no static range; use a dynamic one")
-    widest = jnp.max(inputs.absmax, axis=tuple(range(inputs.absmax.ndim - 1)))
-    return dataclasses.replace(inputs, absmax=jnp.where(seen, inputs.absmax, widest))
+    absmax, stacked = inputs.absmax, tuple(range(inputs.absmax.ndim - 1))
+    for axes in (stacked[-1:], stacked):
+        widest = jnp.max(jnp.where(seen, absmax, 0), axis=axes, keepdims=True)
+        absmax = jnp.where(seen, absmax, widest)
+        seen = seen | jnp.any(seen, axis=axes, keepdims=True)
+    return dataclasses.replace(inputs, absmax=absmax)
 
 
 def _check(job: Job) -> None:
