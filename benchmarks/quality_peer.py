@@ -3,9 +3,9 @@
     python benchmarks/quality_peer.py --peer PYTHON [--out benchmarks/results/quality_peer.json]
 
 PYTHON is the interpreter of an environment with llm-compressor; this one needs torch and compressed-tensors. Both tools
-quantize the packaged model on the same calibration tokens, each with and without act-order, jaxquant once more with
-scales that clip (`mse`), and write compressed-tensors; transformers evaluates every checkpoint in float32 on the same
-held-out windows. llm-compressor quantizes a layer on what the quantized layers before it give (`oneshot` is
+quantize the packaged model on the same calibration tokens, each with and without act-order and once more with scales
+that clip (both call it `mse`), and write compressed-tensors; transformers evaluates every checkpoint in float32 on the
+same held-out windows. llm-compressor quantizes a layer on what the quantized layers before it give (`oneshot` is
 sequential), jaxquant on one pass of the float model. Numbers are nats per token with the standard error of the paired
 difference over windows; the last column is the best of jaxquant minus the best of llm-compressor.
 """
@@ -29,7 +29,11 @@ from jaxquant.models import TINYLM
 
 SPECS = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W3 per channel": (3, None)}
 OURS = {"act-order": {}, "in order": {"act_order": False}, "act-order, mse": {"mse": True}}
-THEIRS = {"act-order": True, "in order": False}
+THEIRS = {
+    "act-order": {},
+    "in order": {"act_order": False},
+    "act-order, mse": {"observer": "memoryless_mse"},
+}
 SAMPLES, WINDOWS, LENGTH = 128, 64, 512
 
 
@@ -39,9 +43,9 @@ def ours(tokens: Path, out: Path, bits: int, group_size: int | None, **options) 
     workflows.quantize_checkpoint("tinylm", out, config, calibration=tokens, format="compressed-tensors", **sizes)
 
 
-def theirs(peer: str, tokens: Path, out: Path, bits: int, group_size: int | None, act_order: bool) -> None:
+def theirs(peer: str, tokens: Path, out: Path, bits: int, group_size: int | None, **options) -> None:
     script = Path(__file__).parent / "peers" / "llmcompressor_oneshot.py"
-    settings = json.dumps({"bits": bits, "group_size": group_size, "act_order": act_order})
+    settings = json.dumps({"bits": bits, "group_size": group_size, **options})
     subprocess.run([peer, script, TINYLM, tokens, out, settings], check=True, capture_output=True)
 
 
@@ -81,9 +85,9 @@ def measure(peer: str) -> dict:
             for options, chosen in OURS.items():
                 made[f"jaxquant, {options}"] = out = Path(folder) / f"{name} ours {options}"
                 ours(tokens, out, *spec, **chosen)
-            for order, act_order in THEIRS.items():
-                made[f"llm-compressor, {order}"] = out = Path(folder) / f"{name} theirs {order}"
-                theirs(peer, tokens, out, *spec, act_order)
+            for options, chosen in THEIRS.items():
+                made[f"llm-compressor, {options}"] = out = Path(folder) / f"{name} theirs {options}"
+                theirs(peer, tokens, out, *spec, **chosen)
             found[name] = {what: losses(out, windows) - floats for what, out in made.items()}
             for what, increase in found[name].items():
                 print(f"{name:<16}{what:<28}{shown(increase)}", flush=True)

@@ -17,12 +17,13 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-SETTINGS = {"bits": 4, "group_size": 128, "act_order": True}
+SETTINGS = {"bits": 4, "group_size": 128, "act_order": True, "observer": "memoryless_minmax"}
 
 
-def gptq(bits: int, group_size: int | None, act_order: bool) -> GPTQModifier:
+def gptq(bits: int, group_size: int | None, act_order: bool, observer: str) -> GPTQModifier:
     weights = {"num_bits": bits, "symmetric": True, "strategy": "group" if group_size else "channel"}
-    groups = {"linears": {"targets": ["Linear"], "weights": {**weights, "group_size": group_size}}}
+    weights |= {"group_size": group_size, "observer": observer}
+    groups = {"linears": {"targets": ["Linear"], "weights": weights}}
     # Not within the weights' own settings: there, None would mean the modifier's default, which is act-order.
     return GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static" if act_order else None)
 
