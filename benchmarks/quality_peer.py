@@ -90,7 +90,7 @@ def measure(peer: str) -> dict:
                 theirs(peer, tokens, out, *spec, **chosen)
             found[name] = {what: losses(out, windows) - floats for what, out in made.items()}
             for what, increase in found[name].items():
-                print(f"{name:<16}{what:<28}{shown(increase)}", flush=True)
+                print(f"{name:<16}{what:<32}{shown(increase)}", flush=True)
     return {"float": float(floats.mean()), "calibration_tokens": samples.size, "increases": found}
 
 
