@@ -112,5 +112,5 @@ if __name__ == "__main__":
     results = race(options.peer, options.rounds, options.layers, options.hidden)
     print(f"\n{environment.line(options.peer)}\n\n{table(results)}")
     if options.out:
-        about = environment.describe() | environment.peer_versions(options.peer)
+        about = environment.describe(options.peer)
         options.out.write_text(json.dumps({**about, "rounds": results}, indent=1) + "\n")

@@ -21,8 +21,8 @@ def _command() -> str:
     return shlex.join(["python", *("PYTHON" if b == "--peer" else a for a, b in zip(sys.argv, before, strict=False))])
 
 
-def describe() -> dict[str, str]:
-    """Command, date, device and versions."""
+def describe(peer: str | None = None) -> dict[str, str]:
+    """Command, date, device and versions, those in the environment of a peer's interpreter too if one is given."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     return {
         "command": _command(),
@@ -30,18 +30,18 @@ def describe() -> dict[str, str]:
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {_cores()})",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
+        **({} if peer is None else _peer_versions(peer)),
     }
 
 
-def peer_versions(python: str) -> dict[str, str]:
-    """Versions in the environment of another interpreter."""
+def _peer_versions(python: str) -> dict[str, str]:
     code = "import importlib.metadata as m; print(*(m.version(p) for p in ('llmcompressor', 'torch')))"
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     return dict(zip(("llm-compressor", "torch"), found, strict=True))
 
 
 def line(peer: str | None = None) -> str:
-    """The same in one line of Markdown, with the versions of a peer's interpreter if one is given."""
-    about = describe() | ({} if peer is None else peer_versions(peer))
+    """The same in one line of Markdown."""
+    about = describe(peer)
     command = about.pop("command")
     return f"`{command}` · " + " · ".join(f"{k} {v}" if k not in ("date", "device") else v for k, v in about.items())

@@ -160,7 +160,7 @@ def main(args) -> None:
     tables["stacks"] = [stack_row(*args.stack, config, args.rounds)]
     print(f"\n{environment.line(args.peer)}\n\n{config}, seconds\n\n" + "\n\n".join(map(table, tables.values())))
     if args.json:
-        about = environment.describe() | (environment.peer_versions(args.peer) if args.peer else {})
+        about = environment.describe(args.peer)
         args.json.write_text(json.dumps({**about, "config": str(config), **tables}, indent=1) + "\n")
 
 

@@ -121,5 +121,5 @@ if __name__ == "__main__":
     measured = measure(options.peer)
     print(f"\n{environment.line(options.peer)}\n\n{table(measured)}")
     if options.out:
-        about = environment.describe() | environment.peer_versions(options.peer)
+        about = environment.describe(options.peer)
         options.out.write_text(json.dumps({**about, **as_json(measured)}, indent=1) + "\n")

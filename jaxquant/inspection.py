@@ -130,7 +130,7 @@ def _leaf(path: str, leaf: Any, stored: int) -> Leaf:
         group = f"groups of {s.group_size}" if s.group_size else s.granularity.replace("_", " ")
         kind = f"{s.bits} bits, {group}, {'symmetric' if s.symmetric else 'asymmetric'}"
         if s.activations is not None:
-            kind += f", {'static' if s.activations.static else 'dynamic'} {s.activations.bits}-bit inputs"
+            kind += f", {s.activations.kind} {s.activations.bits}-bit inputs"
         return Leaf(path, shape, kind, s.bits, s.group_size, s.symmetric, stored, leaf.nbytes, 0, codes)
     nonfinite, entries = _entries(leaf)
     bits = 8 * leaf.dtype.itemsize

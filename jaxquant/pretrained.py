@@ -140,7 +140,7 @@ def _open(directory: Path, storage: Any, config: DecoderConfig) -> Mapping[str, 
     """The tensors of a Hugging Face directory."""
     if storage is None:
         floats = Tensors(directory)
-        check_floats(floats, floats)
+        check_floats(directory, floats, floats)
         return floats
     method = storage.get("quant_method") if isinstance(storage, dict) else storage
     if method != METHOD:

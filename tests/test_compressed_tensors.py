@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from damaged import damage
+from safetensors.numpy import load_file
 
 from jaxquant.checkpoints import pack_quantized
 from jaxquant.checkpoints.compressed_tensors import CompressedTensors, write_compressed_tensors
@@ -272,16 +273,6 @@ def test_codes_that_read_back_differently_are_an_error(tmp_path, monkeypatch):
         write(tmp_path, model_tensors(q0=INT4))
 
 
-def damage(directory, **arrays):
-    """Replaces tensors of the module q_proj of layer 0; None removes them."""
-    stored = load_file(directory / "model.safetensors")
-    for part, array in arrays.items():
-        stored.pop(f"{LINEARS[0]}.{part}", None)
-        if array is not None:
-            stored[f"{LINEARS[0]}.{part}"] = array
-    save_file(stored, directory / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -312,7 +303,7 @@ def damage(directory, **arrays):
 )
 def test_damaged_tensors_are_one_clear_error(tmp_path, arrays, message):
     config = write(tmp_path, model_tensors(q0=INT4, q1=INT4))
-    damage(tmp_path, **arrays)
+    damage(tmp_path, LINEARS[0], **arrays)
     with pytest.raises(ValueError, match=message):
         CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
 
@@ -322,7 +313,7 @@ def test_a_checkpoint_of_an_old_release_is_read(tmp_path):
     config = write(tmp_path, {UP: q})
     old = layout_before_0_18(np.asarray(q.codes), 3)
     assert old.shape == (8, 7)  # ten codes in a word: 64 take 7, where the dense layout takes 6
-    damage(tmp_path, weight_packed=old)
+    damage(tmp_path, LINEARS[0], weight_packed=old)
     assert same_leaves(CompressedTensors(tmp_path, config["quantization_config"], CLASSES)[UP], q)
 
 
@@ -339,7 +330,7 @@ def test_a_checkpoint_of_an_old_release_is_read(tmp_path):
 )
 def test_damaged_zero_points_are_one_clear_error(tmp_path, zero_point, message):
     config = write(tmp_path, {UP: weight(QuantSpec(bits=4, group_size=32, symmetric=False))})
-    damage(tmp_path, weight_zero_point=zero_point)
+    damage(tmp_path, LINEARS[0], weight_zero_point=zero_point)
     with pytest.raises(ValueError, match=message):
         CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
 

@@ -21,7 +21,7 @@ from jaxquant.checkpoints.compressed_tensors_config import AXES, check_spec, des
 from jaxquant.checkpoints.huggingface import CONFIG
 from jaxquant.checkpoints.int_quantized import INPUT_ZERO
 from jaxquant.checkpoints.json_file import write_json
-from jaxquant.checkpoints.tensors import Tensors, same_bits, write_tensors
+from jaxquant.checkpoints.tensors import Tensors, check_scale, same_bits, write_tensors
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 
@@ -66,12 +66,12 @@ def write_compressed_tensors(
             raise OSError(f"{directory}: {module} reads back differently from what was written; check the disk")
 
 
-def check_floats(tensors: Tensors, names: Iterable[str]) -> None:
-    """Raises ValueError for the first of some tensors that holds no parameter of a float model."""
+def check_floats(directory: Path, tensors: Tensors, names: Iterable[str]) -> None:
+    """Raises ValueError for the first of some tensors of a directory that holds no parameter of a float model."""
     for name in sorted(names):
         dtype, _ = tensors.layout(name)
         if dtype not in MODEL_DTYPES:
-            raise ValueError(f"tensor {name} is {dtype}; expected one of {', '.join(MODEL_DTYPES)}")
+            raise ValueError(f"{directory}: tensor {name} is {dtype}; expected one of {', '.join(MODEL_DTYPES)}")
 
 
 class CompressedTensors(Mapping[str, Any]):
@@ -99,7 +99,7 @@ class CompressedTensors(Mapping[str, Any]):
         self._parts = {m: self._check(m, parts[m] - {"bias"}) for m in modules}
         quantized = {f"{m}.{part}" for m, found in self._parts.items() for part in found}
         self._plain = {name for name in self._tensors if name not in quantized}
-        check_floats(self._tensors, self._plain)
+        check_floats(directory, self._tensors, self._plain)
         scales = {name for name in quantized if name.endswith("_scale")}
         dtypes = {self._tensors.layout(name)[0] for name in scales}
         if not dtypes <= {*MODEL_DTYPES} or len(dtypes) > 1:
@@ -111,8 +111,8 @@ class CompressedTensors(Mapping[str, Any]):
         spec, module = self.specs[name], name.removesuffix(".weight")
         arrays = {part: self._tensors[f"{module}.{part}"] for part in self._parts[module]}
         for part in sorted(arrays):
-            if part.endswith("_scale") and not _is_scale(arrays[part], positive=part == "input_scale"):
-                raise ValueError(f"{module}.{part} holds what is no scale: zeros, negative numbers, NaN or infinity")
+            if part.endswith("_scale"):
+                check_scale(f"{module}.{part}", arrays[part])
         try:
             q = LAYOUTS[format_of(spec)].unpack(arrays, spec)
         except ValueError as error:
@@ -163,10 +163,6 @@ class CompressedTensors(Mapping[str, Any]):
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"{module}: the shape of its weight is {list(shape)}, but two sizes are expected")
         return shape[0], shape[1]
-
-
-def _is_scale(array: np.ndarray, positive: bool) -> bool:
-    return bool(np.isfinite(array).all() and (not positive or (array > 0).all()))
 
 
 def _check_expressible(

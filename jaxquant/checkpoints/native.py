@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxquant.checkpoints.directory import new_directory
 from jaxquant.checkpoints.json_file import read_json, write_json
-from jaxquant.checkpoints.tensors import STORABLE, Tensors, write_tensors
+from jaxquant.checkpoints.tensors import STORABLE, Tensors, check_scale, write_tensors
 from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
@@ -227,8 +227,8 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
     axes: dict[str, Any] = {name: tuple(fields[name]) for name in _AXES}
     q = QTensor(spec=spec, dtype=fields["dtype"], **axes, **arrays)
     q.validate()
-    if q.input_scale is not None and not bool(jnp.all(jnp.isfinite(q.input_scale) & (q.input_scale > 0))):
-        raise ValueError("input_scale holds what is no scale: zeros, negative numbers, NaN or infinity")
+    if q.input_scale is not None:
+        check_scale("input_scale", np.asarray(q.input_scale))
     every = spec.bits <= PACKED_BITS or spec.bits == 8  # then what is stored can be no other code of the full range
     for name in ("zero_point",) if every and not spec.narrow_range else ("codes", "zero_point"):
         codes = getattr(q, name)

@@ -86,6 +86,13 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._files)
 
 
+def check_scale(name: str, scale: np.ndarray) -> None:
+    """Raises ValueError for a scale that is not finite, and for one of inputs that is not positive."""
+    positive = not name.endswith("input_scale") or (scale > 0).all()
+    if not np.isfinite(scale).all() or not positive:
+        raise ValueError(f"{name} holds what is no scale: zeros, negative numbers, NaN or infinity")
+
+
 def write_tensors(directory: Path, tensors: Mapping[str, Any]) -> None:
     """Writes arrays into one file, or into shards of at most `SHARD_BYTES` with an index, and reads them back.
 

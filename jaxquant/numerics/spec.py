@@ -45,6 +45,11 @@ class ActivationSpec:
         _ = self.spec  # raises for the other fields
 
     @property
+    def kind(self) -> str:
+        """Where the scale comes from, "static" or "dynamic"."""
+        return "static" if self.static else "dynamic"
+
+    @property
     def spec(self) -> "QuantSpec":
         """The codes of the input."""
         return QuantSpec(bits=self.bits, symmetric=self.symmetric, granularity=self.granularity)

@@ -27,9 +27,6 @@ from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 NOT_WEIGHTS = ("scale", "bias", "embed", "norm", "gain", "gamma", "beta")
 
 
-ACTIVATIONS = {None: "none", False: "dynamic", True: "static"}  # by `ActivationSpec.static`
-
-
 def quantize_params(
     params: Any, stats: Statistics | None, recipe: Any, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Any, Report]:
@@ -219,7 +216,7 @@ def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerRepor
         bits=spec.bits,
         group_size=spec.group_size,
         symmetric=spec.symmetric,
-        activations=ACTIVATIONS[None if spec.activations is None else spec.activations.static],
+        activations="none" if spec.activations is None else spec.activations.kind,
         tokens=None if tokens is None else int(tokens),
         dropped_rows=None if dropped is None else int(dropped),
         rtn_error=number("rtn_error"),
