@@ -22,7 +22,7 @@ from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.models import TINYLM
 from jaxquant.models.config import FAMILIES, DecoderConfig
 from jaxquant.models.model import Model
-from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors_from_params
+from jaxquant.models.names import check_names, layer_params, outer_params, parameter_shapes, tensors_from_params
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 
@@ -58,6 +58,52 @@ def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> 
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
       ValueError: a file is damaged, or the architecture or the quantization is not supported.
     """
+    checkpoint = open_pretrained(name)
+    params = checkpoint.outer() | checkpoint.layers(range(checkpoint.model.config.num_layers))
+    largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
+    return checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model, params
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, whose parameters are read when they are asked for.
+
+    Attributes:
+      directory: where it lies.
+      model: the model, computed in float32.
+      source: its tensors by Hugging Face's names; of the native format, the parameter tree.
+    """
+
+    directory: Path
+    model: Model
+    source: Any
+
+    def with_dtype(self, dtype: DTypeLike) -> "Checkpoint":
+        """The same, computed in another dtype."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, dtype=jnp.dtype(dtype)))
+
+    def outer(self) -> dict[str, Any]:
+        """The parameters outside of the layers. Errors as `load_pretrained`."""
+        if isinstance(self.source, dict):
+            return {name: value for name, value in self.source.items() if name != "layers"}
+        return outer_params(self.model.config, self.source)
+
+    def layers(self, layers: range) -> dict[str, Any]:
+        """The parameters of some layers, as `{"layers": ...}`, stacked. Errors as `load_pretrained`."""
+        if isinstance(self.source, dict):
+            return {"layers": jax.tree.map(lambda a: a[layers.start : layers.stop], self.source["layers"])}
+        return layer_params(self.model.config, self.source, layers)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of it is quantized."""
+        if isinstance(self.source, dict):
+            return any(map(is_qtensor, jax.tree.leaves(self.source, is_leaf=is_qtensor)))
+        return isinstance(self.source, CompressedTensors)
+
+
+def open_pretrained(name: str | os.PathLike) -> Checkpoint:
+    """Opens a model, without reading more than it must. Argument and errors as `load_pretrained`."""
     directory = find_model(name)
     if holds_bare_tree(directory):
         raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
@@ -65,12 +111,12 @@ def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> 
     storage = hf_config.pop(_STORAGE, None)
     model = Model.from_hf({**hf_config, _SOURCE: os.path.abspath(directory)})
     if (directory / HEADER).is_file():
-        params = read_tree(directory)
-        _check_parameters(model.config, params)
+        source = read_tree(directory)
+        _check_parameters(model.config, source)
     else:
-        params = params_from_tensors(model.config, _open(directory, storage, model.config))
-    largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
-    return dataclasses.replace(model, dtype=jnp.dtype(largest.dtype if dtype is None else dtype)), params
+        source = _open(directory, storage, model.config)
+        check_names(model.config, source)
+    return Checkpoint(directory, model, source)
 
 
 def save(

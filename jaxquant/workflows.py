@@ -1,8 +1,9 @@
 """Whole jobs on checkpoints: load, calibrate, quantize, save; load and evaluate. The command line calls these."""
 
+import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,11 @@ from jaxquant.evaluation.data import read_tokens, take_samples
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.transforms.calibrate import calibrate
+from jaxquant.pretrained import Checkpoint
 from jaxquant.transforms.jobs import count_not_finite
-from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
+from jaxquant.transforms.stream import quantize_blocks, stack_blocks
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
 BATCH = 4  # sequences that run together in calibration
@@ -129,25 +130,60 @@ def quantize_checkpoint(
     if os.path.realpath(out) == os.path.realpath(directory):
         raise ValueError(f"{out} is the checkpoint that is read; write to another directory")
     pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
-    model, params = pretrained.load_pretrained(directory, dtype="float32")
-    if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
+    checkpoint = pretrained.open_pretrained(directory).with_dtype("float32")
+    if checkpoint.is_quantized:
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
-    _check_finite(directory, params)
-    recipe = model.recipe(config)
-    stats = None
+    _check_finite(checkpoint)
+    samples = None
     if needs_statistics(config) or calibration is not None:
-        samples = calibration_samples(model, TextSource(directory), calibration, num_samples, seq_len)
-        stats = calibrate(model.apply, params, batches(samples, progress), recipe=recipe)
-    params, report = quantize_params(params, stats, recipe, progress=lambda *n: progress("quantizing", *n))
-    pretrained.save(out, model, params, format=format, overwrite=overwrite)
+        samples = calibration_samples(checkpoint.model, TextSource(directory), calibration, num_samples, seq_len)
+    params, report = _quantize_layers(checkpoint, samples, config, progress)
+    pretrained.save(out, checkpoint.model, params, format=format, overwrite=overwrite)
     return report
 
 
-def _check_finite(directory: Path, params: Any) -> None:
-    for path, leaf in named_leaves(params):
-        bad = int(count_not_finite(leaf))
-        if bad:
-            raise ValueError(f"{directory}: '{path}': {bad} of its {leaf.size} entries are not finite; repair it first")
+def _quantize_layers(
+    checkpoint: Checkpoint, samples: np.ndarray | None, config: Any, progress: Progress
+) -> tuple[Any, Report]:
+    """Quantizes the linear layers, one layer of the model at a time. Returns all parameters and the report on them."""
+    blocks, count = checkpoint.model.blocks, checkpoint.model.config.num_layers
+    inputs, done = None, list[tuple[Any, Report]]()
+    if samples is not None:
+        embedding = checkpoint.outer()["embed_tokens"]["embedding"]
+        inputs = [blocks.embed(embedding, jnp.asarray(samples[i : i + BATCH])) for i in range(0, len(samples), BATCH)]
+        del embedding
+
+    def layers() -> Iterator[Any]:
+        for i in range(count):
+            yield checkpoint.layers(range(i, i + 1)) | {"windows": blocks.windows[i : i + 1]}
+
+    def calibrating(batches: int, total: int) -> None:
+        progress("calibrating", len(done) * total + batches, count * total)
+
+    recipe = [("layers/.*/kernel", config)]
+    for block in quantize_blocks(blocks.apply, layers(), inputs, recipe, progress=calibrating):
+        done.append(block)
+        progress("quantizing", len(done), count)
+    stack, report = stack_blocks(done)
+    params = checkpoint.outer() | {"layers": stack["layers"]}
+    after = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return params, dataclasses.replace(
+        report,
+        unchanged=tuple(path for path, leaf in named_leaves(params, is_qtensor) if not is_qtensor(leaf)),
+        bytes_before=after + report.bytes_before - report.bytes_after,
+        bytes_after=after,
+    )
+
+
+def _check_finite(checkpoint: Checkpoint) -> None:
+    """Reads everything once, before hours of work, and raises ValueError for what is not finite."""
+    layers = ((f" of layer {i}", checkpoint.layers(range(i, i + 1))) for i in range(checkpoint.model.config.num_layers))
+    for which, params in itertools.chain([("", checkpoint.outer())], layers):
+        for path, leaf in named_leaves(params):
+            bad = int(count_not_finite(leaf))
+            if bad:
+                where = f"{checkpoint.directory}: '{path}'{which}"
+                raise ValueError(f"{where}: {bad} of its {leaf.size} entries are not finite; repair it first")
 
 
 class Evaluation(NamedTuple):

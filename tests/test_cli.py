@@ -212,7 +212,7 @@ def test_nan_weights_are_named(checkpoint, tmp_path, capsys):
     arguments = ["quantize", tmp_path / "nan", "--out", tmp_path / "q", "--method", "rtn", "--group-size", 32]
     status, _, error = run(capsys, *arguments)
     assert status == 1
-    assert "'layers/mlp/up_proj/kernel': 1 of its 16384 entries are not finite" in error
+    assert "'layers/mlp/up_proj/kernel' of layer 1: 1 of its 8192 entries are not finite" in error
 
 
 def test_usage_errors(capsys):

@@ -93,7 +93,7 @@ def test_quantized_weights_are_counted(calibrated):
     params, _ = calibrated
     for config in (RTN(int8()), RTN(int4(group_size=8))):
         tree, _ = quantize_params(params, None, config)
-        estimate = quantize_module._memory(quantize_module._plan(params, None, config))
+        estimate = quantize_module.needed_memory(quantize_module.plan(params, None, config))
         assert estimate.parts["quantized weights"] == sum(a.nbytes for a in jax.tree.leaves(tree))
         assert estimate.parts["matrices at work"] >= sum(a.nbytes for a in jax.tree.leaves(params)) / 2
 
@@ -101,7 +101,7 @@ def test_quantized_weights_are_counted(calibrated):
 def test_work_of_a_method_is_counted(calibrated):
     params, stats = calibrated
     rtn, gptq = (
-        quantize_module._memory(quantize_module._plan(params, stats, config)).parts["matrices at work"]
+        quantize_module.needed_memory(quantize_module.plan(params, stats, config)).parts["matrices at work"]
         for config in (RTN(int8()), GPTQ(int8()))
     )
     assert rtn < gptq
@@ -117,9 +117,9 @@ def test_nothing_is_compiled_twice(place):
         program.add(total, params, x, 0, None)
     assert not seen
     stats, config = calibrate(attention, params, [x]), GPTQ(int4(group_size=16))
-    jobs = quantize_module._plan(params, stats, config)
+    jobs = quantize_module.plan(params, stats, config)
     quantize_module._run.clear_cache()
-    quantize_module._memory(jobs)
+    quantize_module.needed_memory(jobs)
     (spans, size), *rest = chunks(jobs)
     given = jax.tree.map(lambda *a: jnp.concatenate(a), *[span.matrices() for span in spans])
     with compilations() as seen:

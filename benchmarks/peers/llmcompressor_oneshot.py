@@ -2,13 +2,14 @@
 
     python llmcompressor_oneshot.py MODEL TOKENS.npy OUT [SETTINGS as JSON]
 
-Calibrates on the token ids `[samples, time]`. Prints a line of JSON: the seconds without imports, and of them those of
-`oneshot` itself.
+Calibrates on the token ids `[samples, time]`. Prints a line of JSON: the seconds without imports, of them those of
+`oneshot` itself, and the peak memory of the process in MiB.
 """
 
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +44,10 @@ def main(model: str, tokens: str, out: str, settings: str = "{}") -> None:
     )
     solved = time.perf_counter() - before
     network.save_pretrained(out, save_compressed=True)
-    print(json.dumps({"seconds": time.perf_counter() - start, "oneshot": solved, "threads": torch.get_num_threads()}))
+    seconds = time.perf_counter() - start
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) / 1024
+    print(json.dumps({"seconds": seconds, "oneshot": solved, "peak": peak, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Tensors in safetensors files: `model.safetensors`, or shards listed in `model.safetensors.index.json`.
 
-The layout is Hugging Face's (https://huggingface.co/docs/safetensors). Shards are read through a memory map, one tensor
-at a time. A shard that the index names must lie in the directory itself; symbolic links there are followed, because
-the hub's cache is made of them.
+The layout is Hugging Face's (https://huggingface.co/docs/safetensors). Tensors are read one at a time, and not through
+a memory map: pages of a map count as memory of the process, and a file that shrinks under it kills the process. A shard
+that the index names must lie in the directory itself; symbolic links there are followed, because the hub's cache is
+made of them.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,25 +56,29 @@ class Tensors(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, directory: Path):
-        self._files: dict[str, Any] = {}  # tensor name -> open file
+        self._places: dict[str, _Place] = {}
         index = _read_index(directory)
         for file in _files(directory, index):
-            opened = _open(file)
-            names = opened.keys()
-            for name in names:
-                if name in self._files:
+            places = _read_header(file)
+            for name in places:
+                if name in self._places:
                     raise ValueError(f"{directory}: tensor {name} lies in two files, {file.name} is the second")
-                _check_dtype(file, name, opened)
-                self._files[name] = opened
-            _check_index(file, names, index)
+            _check_index(file, places, index)
+            self._places |= places
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        place = self._places[name]
+        array = np.empty(place.shape, place.dtype)
+        with open(place.file, "rb") as file:
+            file.seek(place.start)
+            if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+                raise ValueError(f"{place.file} has become shorter while it was read; download or write it again")
+        return array
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The dtype (NumPy's name for it) and shape of a tensor, without reading it."""
-        view = self._files[name].get_slice(name)
-        return _DTYPES[view.get_dtype()], tuple(view.get_shape())
+        place = self._places[name]
+        return place.dtype.name, place.shape
 
     def nbytes(self, name: str) -> int:
         """The bytes of a tensor in its file, without reading it."""
@@ -80,10 +86,10 @@ class Tensors(Mapping[str, np.ndarray]):
         return jnp.dtype(dtype).itemsize * math.prod(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._places)
 
 
 def check_scale(name: str, scale: np.ndarray) -> None:
@@ -183,21 +189,37 @@ def _files(directory: Path, index: Mapping[str, str] | None) -> list[Path]:
     return [directory / name for name in sorted({SINGLE} if index is None else set(index.values()))]
 
 
-def _open(file: Path):
+class _Place(NamedTuple):
+    """Where a tensor lies: the file, and its first byte there."""
+
+    file: Path
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def _read_header(file: Path) -> dict[str, _Place]:
+    """The tensors of a file. The format's own reader checks that they fit together, and that the file is whole."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; download or write the checkpoint again")
     try:
-        return safe_open(file, framework="np")
+        safe_open(file, framework="np")
     except SafetensorError as error:
         raise ValueError(
             f"{file} is no readable safetensors file ({error}); it may be truncated, download or write it again"
         ) from error
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    return {name: _place(file, name, 8 + size, entry) for name, entry in header.items()}
 
 
-def _check_dtype(file: Path, name: str, opened) -> None:
-    dtype = opened.get_slice(name).get_dtype()
-    if dtype not in _DTYPES:
-        raise ValueError(f"{file}: tensor {name} has dtype {dtype}; only {', '.join(_DTYPES)} are read")
+def _place(file: Path, name: str, base: int, entry: dict[str, Any]) -> _Place:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read")
+    dtype = jnp.dtype(_DTYPES[entry["dtype"]])
+    return _Place(file, base + entry["data_offsets"][0], dtype, tuple(entry["shape"]))
 
 
 def _check_index(file: Path, names: Iterable[str], index: Mapping[str, str] | None) -> None:

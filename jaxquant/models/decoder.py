@@ -120,6 +120,41 @@ class DecoderLayer(nn.Module):
         return RMSNorm(self.config.norm_eps, self.dtype, name=name)
 
 
+EVERYTHING = 2**31 - 1  # the window of a layer that sees all positions: one program serves layers of both kinds
+
+
+def _scanned(config: DecoderConfig, dtype: jnp.dtype, length: int) -> nn.Module:
+    """Some layers, one after the other: maps `(x, windows, *rope_tables)` to `(x, None)`."""
+    scan = nn.scan(
+        DecoderLayer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=length,
+        check_constancy_invariants=False,  # an extra trace, for a feature that is not used
+    )
+    return scan(config, dtype, name="layers")
+
+
+def window_sizes(config: DecoderConfig) -> jax.Array:
+    """The window of each layer, int32 `[layers]`."""
+    return jnp.array([EVERYTHING if window is None else window for window in config.windows], jnp.int32)
+
+
+class Layers(nn.Module):
+    """Some of a decoder's layers alone."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, windows: jax.Array) -> jax.Array:
+        """Maps `x` `[batch, time, hidden]` to the same shape; `windows`, int32, has an entry per layer."""
+        config = self.config
+        tables = rope_tables(x.shape[-2], config.head_dim, config.rope_theta, config.rope_scaling)
+        return _scanned(config, self.dtype, len(windows))(x, windows, *tables)[0]
+
+
 class Decoder(nn.Module):
     """A causal language model: embedding, scanned layers, norm, head (tied to the embedding or its own kernel)."""
 
@@ -133,19 +168,9 @@ class Decoder(nn.Module):
         embed = nn.Embed(
             config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=_INIT, name="embed_tokens"
         )
-        time = tokens.shape[-1]
-        tables = rope_tables(time, config.head_dim, config.rope_theta, config.rope_scaling)
-        # a layer without a window sees all positions, so that one program serves layers of both kinds
-        windows = jnp.array([time if window is None else min(window, time) for window in config.windows], jnp.int32)
-        layers = nn.scan(
-            DecoderLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-            check_constancy_invariants=False,  # an extra trace, for a feature that is not used
-        )
-        x, _ = layers(config, self.dtype, name="layers")(embed(tokens), windows, *tables)
+        tables = rope_tables(tokens.shape[-1], config.head_dim, config.rope_theta, config.rope_scaling)
+        layers = _scanned(config, self.dtype, config.num_layers)
+        x, _ = layers(embed(tokens), window_sizes(config), *tables)
         x = RMSNorm(config.norm_eps, self.dtype, name="norm")(x)
         head = embed.attend if config.tie_embeddings else _dense("lm_head", config.vocab_size, self.dtype)
         return head(x).astype(jnp.float32)

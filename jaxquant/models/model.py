@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxquant.models.config import DecoderConfig, from_hf
-from jaxquant.models.decoder import Decoder
+from jaxquant.models.decoder import Decoder, Layers, window_sizes
 from jaxquant.transforms.quantized import quantized
 
 
@@ -46,6 +46,11 @@ class Model:
         """
         return _apply(self.config, self.dtype)
 
+    @property
+    def blocks(self) -> "Blocks":
+        """The same function in pieces, for models that are handled a few layers at a time."""
+        return _blocks(self.config, self.dtype)
+
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Returns random parameters, float32, kernels of the layers stacked to `[layers, in, out]`."""
         return Decoder(self.config, self.dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -78,6 +83,37 @@ class Model:
                 f"token {tokens[position]} at position {list(position)} is outside the vocabulary: ids are 0 to "
                 f"{self.config.vocab_size - 1}"
             )
+
+
+class Blocks(NamedTuple):
+    """A model's layers one after the other.
+
+    Attributes:
+      embed: `embed(embedding, tokens) -> x`: the input `[batch, time, hidden]` of the first layer, from the parameter
+        `embed_tokens/embedding` and tokens `[batch, time]`.
+      apply: `apply(params, x) -> x`: what some layers make of their input. `params` holds `layers`, as the parameters
+        of the model do but only of these layers, and their `windows`, of `windows`.
+      windows: int32 `[layers]`, how many positions each layer sees.
+    """
+
+    embed: Callable[[jax.Array, jax.Array], jax.Array]
+    apply: Callable[[Any, jax.Array], jax.Array]
+    windows: jax.Array
+
+
+@functools.lru_cache(maxsize=32)
+def _blocks(config: DecoderConfig, dtype: np.dtype) -> Blocks:
+    layers = Layers(config, dtype)
+
+    @jax.jit
+    def embed(embedding, tokens):
+        return embedding[tokens].astype(dtype)
+
+    @jax.jit
+    def apply(params, x):
+        return layers.apply({"params": {"layers": params["layers"]}}, x, params["windows"])
+
+    return Blocks(embed, quantized(apply), window_sizes(config))
 
 
 @functools.lru_cache(maxsize=32)

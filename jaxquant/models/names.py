@@ -7,7 +7,7 @@ is that of the kernel it stands for, `[in, out]`. It is stacked leaf by leaf and
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -37,9 +37,23 @@ def params_from_tensors(config: DecoderConfig, tensors: Mapping[str, Any]) -> di
     parameter at a time beside the result. `lm_head.weight` is left aside when the model ties its embedding. Raises
     ValueError for a tensor that is missing, one that belongs nowhere, and one of the wrong shape.
     """
+    check_names(config, tensors)
+    return outer_params(config, tensors) | layer_params(config, tensors, range(config.num_layers))
+
+
+def layer_params(config: DecoderConfig, tensors: Mapping[str, Any], layers: range) -> dict[str, Any]:
+    """Returns the parameters of some layers, as `{"layers": ...}`, stacked. Errors as `params_from_tensors`."""
+    return _params(config, [entry for entry in _entries(config) if entry.stacked], tensors, layers)
+
+
+def outer_params(config: DecoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters outside of the layers. Errors as `params_from_tensors`."""
+    return _params(config, [entry for entry in _entries(config) if not entry.stacked], tensors, range(0))
+
+
+def _params(config, entries: list[TensorName], tensors: Mapping[str, Any], layers: range) -> dict[str, Any]:
     shapes = parameter_shapes(config)
-    _check_names(config, tensors.keys())
-    params = {entry.path: _parameter(config, entry, shapes[entry.path], tensors) for entry in _entries(config)}
+    params = {entry.path: _parameter(entry, shapes[entry.path], tensors, layers) for entry in entries}
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -78,8 +92,9 @@ def _names(config: DecoderConfig, entry: TensorName) -> list[str]:
     return [entry.name.format(layer=layer) for layer in range(config.num_layers if entry.stacked else 1)]
 
 
-def _check_names(config: DecoderConfig, found) -> None:
-    family = FAMILIES[config.architecture]
+def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
+    """Raises ValueError for a tensor that is missing, and for one that belongs nowhere."""
+    found, family = set(found), FAMILIES[config.architecture]
     expected = {name for entry in _entries(config) for name in _names(config, entry)}
     missing = sorted(expected - found)
     left_over = sorted(name for name in found - expected if not re.fullmatch(family.ignored_tensors, name))
@@ -101,15 +116,15 @@ def _some(names: list[str]) -> str:
     return f"tensors {', '.join(names[:5])}{more}"
 
 
-def _parameter(config: DecoderConfig, entry: TensorName, shape: tuple[int, ...], tensors: Mapping[str, Any]):
-    one_shape = shape[1:] if entry.stacked else shape
-    leaves = _checked(entry, one_shape, ((name, tensors[name]) for name in _names(config, entry)))
+def _parameter(entry: TensorName, shape: tuple[int, ...], tensors: Mapping[str, Any], layers: range):
     if not entry.stacked:
-        return jax.tree.map(jnp.array, next(leaves))  # a copy: the caller's memory may be a file's or another library's
-    return _stack(leaves, config.num_layers)
+        (leaf,) = _checked(entry, shape, [(entry.name, tensors[entry.name])])
+        return jax.tree.map(jnp.array, leaf)  # a copy: the caller's memory may be a file's or another library's
+    names = [entry.name.format(layer=layer) for layer in layers]
+    return _stack(_checked(entry, shape[1:], ((name, tensors[name]) for name in names)), len(layers))
 
 
-def _checked(entry: TensorName, shape: tuple[int, ...], named: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+def _checked(entry: TensorName, shape: tuple[int, ...], named: Iterable[tuple[str, Any]]) -> Iterator[Any]:
     """Yields the leaves in the parameter's orientation, or raises for one of the wrong shape."""
     for name, tensor in named:
         transposed = entry.transposed and _is_array(tensor)

@@ -31,7 +31,7 @@ class Moments:
     """Sums over the input rows x of a product; `[*lead]` are its layer and expert axes.
 
     Attributes:
-      gram: sum of xᵀx, float `[*lead, K, K]`.
+      gram: sum of xᵀx, float `[*lead, K, K]`; only the upper triangle counts.
       abs_sum: sum of |x|, `[*lead, K]`.
       absmax: largest |x|, `[*lead, K]`, held-out rows included.
       count: rows in the sums, `[*lead]`.
@@ -109,16 +109,26 @@ def observe(x: jax.Array, position: jax.Array, real: jax.Array | None = None) ->
 
 
 def _gram(x: jax.Array) -> jax.Array:
-    """xᵀx of rows `[T, K]`. Of a wide one, strips from the diagonal on are computed; the rest is their transpose."""
+    """xᵀx of rows `[T, K]`. Of a wide one, strips from the diagonal on; what is left of them is zero."""
     k = x.shape[1]
     width = k if k < WIDE else -(-k // STRIPS)
-    starts = range(0, k, width)
-    strips = [jnp.matmul(x[:, a : a + width].T, x[:, a:], precision=lax.Precision.HIGHEST) for a in starts]
-    rows = []
-    for i, (a, strip) in enumerate(zip(starts, strips, strict=True)):
-        left = [strips[j][:, a - starts[j] : a - starts[j] + width].T for j in range(i)]
-        rows.append(jnp.concatenate([*left, strip], 1))
-    return jnp.concatenate(rows)
+    strips = [
+        jnp.pad(jnp.matmul(x[:, a : a + width].T, x[:, a:], precision=lax.Precision.HIGHEST), ((0, 0), (a, 0)))
+        for a in range(0, k, width)
+    ]
+    return jnp.concatenate(strips)
+
+
+def _mirrored(gram: jax.Array) -> jax.Array:
+    """Matrices `[*lead, K, K]` with the upper triangle in place of the lower one, one by one to save memory."""
+    k = gram.shape[-1]
+    upper = jnp.triu(jnp.ones((k, k), bool))
+
+    def mirror(i, stack):
+        return stack.at[i].set(jnp.where(upper, stack[i], stack[i].T))
+
+    stack = gram.reshape(-1, k, k)
+    return lax.fori_loop(0, len(stack), mirror, stack).reshape(gram.shape)
 
 
 def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Moments:
@@ -174,7 +184,7 @@ def finish(moments: Moments) -> InputStatistics:
     """Divides the sums by their counts."""
     count = jnp.maximum(moments.count, 1)
     return InputStatistics(
-        gram=moments.gram / count[..., None, None],
+        gram=_mirrored(moments.gram) / count[..., None, None],
         absmax=moments.absmax,
         mean_abs=moments.abs_sum / count[..., None],
         count=moments.count,

@@ -80,23 +80,49 @@ def calibrate(
       ValueError: no batch, no token with finite inputs, no product with a weight, a recipe that takes nothing, or more
         memory needed than is available.
     """
-    programs: dict[tuple, _Program] = {}
-    program, total, position = None, None, 0
-    for batch in batches:
-        real = None if mask is None else jnp.asarray(mask(batch), bool)
-        key = _kind((batch, real))
-        if key not in programs:
-            programs[key] = _Program(fn, params, batch, real, recipe)
-            memory.ensure_fits(programs[key].memory(params, batch, real, begun=total is not None), params)
-        if program is not None and programs[key].uses != program.uses:
-            raise ValueError("the model function uses its weights differently for batches of different shapes")
-        program = programs[key]
-        jax.block_until_ready(total)  # or statistics of several batches would wait in memory
-        total = program.add(program.nothing() if total is None else total, params, batch, position, real)
-        position += _tokens(batch, real)
-    if program is None or total is None:
-        raise ValueError("calibration needs at least one batch, but `batches` is empty")
-    return _finish(list(programs.values()), total)
+    return Calibration(fn, recipe).run(params, batches, mask)[0]
+
+
+class Calibration:
+    """A model function to calibrate, once or several times with different parameters of the same shapes.
+
+    What was compiled for one kind of parameters and batches is kept.
+
+    Args:
+      fn, recipe: as for `calibrate`.
+      keep_results: whether `run` returns what the function gave for each batch.
+    """
+
+    def __init__(self, fn: Callable, recipe: Any = None, *, keep_results: bool = False):
+        self._fn, self._recipe, self._keep_results = fn, recipe, keep_results
+        self._programs: dict[tuple, _Program] = {}
+
+    def run(self, params: Any, batches: Iterable[Any], mask: Callable | None = None) -> tuple[Statistics, list]:
+        """One pass. Arguments and errors as `calibrate`; returns the statistics and the function's results."""
+        used: list[_Program] = []
+        total, position, results = None, 0, []
+        kind = _kind(params)
+        for batch in batches:
+            real = None if mask is None else jnp.asarray(mask(batch), bool)
+            program = self._program((kind, *_kind((batch, real))), params, batch, real, begun=total is not None)
+            if program not in used:
+                used.append(program)
+            if program.uses != used[0].uses:
+                raise ValueError("the model function uses its weights differently for batches of different shapes")
+            jax.block_until_ready(total)  # or statistics of several batches would wait in memory
+            total, result = program.add(program.nothing() if total is None else total, params, batch, position, real)
+            results.append(result)
+            position += _tokens(batch, real)
+        if total is None:
+            raise ValueError("calibration needs at least one batch, but `batches` is empty")
+        return _finish(used, total), results
+
+    def _program(self, key: tuple, params, batch, real: jax.Array | None, begun: bool) -> "_Program":
+        if key not in self._programs:
+            program = _Program(self._fn, params, batch, real, self._recipe, self._keep_results)
+            memory.ensure_fits(program.memory(params, batch, real, begun), params)
+            self._programs[key] = program
+        return self._programs[key]
 
 
 def _kind(batch) -> tuple:
@@ -118,8 +144,8 @@ def _tokens(batch, real) -> int:
 class _Program:
     """The model function, interpreted and compiled for one kind of batch."""
 
-    def __init__(self, fn, params, batch, real, recipe):
-        closed, _, leaves, arrays = interpreter.trace(fn, params, (batch,))
+    def __init__(self, fn, params, batch, real, recipe, keep_results=False):
+        closed, structure, leaves, arrays = interpreter.trace(fn, params, (batch,))
         self.sizes = {path: np.shape(leaf) for path, leaf in leaves}
         own = dict(interpreter.named_leaves(params, is_qtensor))  # without the parts of what is quantized already
         matrices = {path for path, leaf in leaves if path in own and interpreter.is_matrix(leaf)}
@@ -128,12 +154,13 @@ class _Program:
         def moments(total, values, arrays, position, real):
             observer, recorder = Observer(position, real), Recorder(total=total)
             named = [(path, value) for (path, _), value in zip(leaves, values, strict=True)]
-            interpreter.start(observer, closed, named, arrays, lambda path, _: path in taken, recorder)
+            outs, _ = interpreter.start(observer, closed, named, arrays, lambda path, _: path in taken, recorder)
             self.uses, self.notes, self.lookups = recorder.uses, observer.notes, observer.lookups
-            return recorder.merged()
+            result = jax.tree.unflatten(structure, observer.results(outs)) if keep_results else None
+            return recorder.merged(), result
 
         args = [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real
-        _, self._types = compat.stage(moments, None, *args)
+        _, (self._types, self._result_types) = compat.stage(moments, None, *args)
         if not self.uses:
             raise ValueError("the function multiplies nothing with a weight of `params`: there is nothing to calibrate")
         run, _ = compat.stage(moments, self._types, *args)
@@ -151,6 +178,7 @@ class _Program:
             "activations or results": max(memory.compiled_bytes(compiled), sums),
             # What lies in NumPy's memory is moved for every batch.
             "copies of arguments": memory.types_bytes([a for a in (*leaves, *arrays) if isinstance(a, np.ndarray)]),
+            "results": memory.types_bytes(self._result_types),
         }
         return MemoryEstimate(
             "calibrate",
@@ -163,8 +191,8 @@ class _Program:
         """Moments of every site, of no tokens."""
         return [statistics.empty_like(m) for m in self._types]
 
-    def add(self, total: list[Moments], params, batch, position: int, real: jax.Array | None) -> list[Moments]:
-        """Merges moments of every site over one batch into the total, which is used up."""
+    def add(self, total: list[Moments], params, batch, position: int, real: jax.Array | None) -> tuple[list, Any]:
+        """Merges moments of every site over one batch into the total, which is used up; returns it and the result."""
         arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
         return self._compiled(total, jax.tree.leaves(params), arrays, jnp.uint32(position % 2**32), real)
 

@@ -55,8 +55,16 @@ def quantize_params(
         computed before all of it is checked.
     """
     named = dict(named_leaves(params, is_qtensor))
-    jobs = _plan(named, stats, recipe)
-    memory.ensure_fits(_memory(jobs), params)
+    jobs = plan(named, stats, recipe)
+    memory.ensure_fits(needed_memory(jobs), params)
+    return run_jobs(jobs, params, stats, progress)
+
+
+def run_jobs(
+    jobs: list[Job], params: Any, stats: Statistics | None, progress: Callable[[int, int], None] | None
+) -> tuple[Any, Report]:
+    """Quantizes what was planned. Arguments and result as those of `quantize_params`."""
+    named = dict(named_leaves(params, is_qtensor))
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     total, done = sum(job.count for job in jobs), 0
@@ -82,7 +90,7 @@ def _notes(stats: Statistics | None) -> dict[str, str]:
     return {path: "; ".join(parts) for path, parts in notes.items()}
 
 
-def _plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
+def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     """The jobs of a recipe, checked."""
     floats = {p: leaf for p, leaf in named.items() if not is_qtensor(leaf) and is_matrix(leaf)}
     if stats is not None:
@@ -152,7 +160,7 @@ def _check(job: Job) -> None:
         )
 
 
-def _memory(jobs: list[Job]) -> MemoryEstimate:
+def needed_memory(jobs: list[Job]) -> MemoryEstimate:
     """What `quantize_params` allocates for some jobs; compiles the methods."""
     results, chunk, seen = dict.fromkeys(jobs, 0), 0, set()
     for spans, size in chunks(jobs):

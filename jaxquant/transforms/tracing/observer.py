@@ -48,6 +48,10 @@ class Observer:
         self.notes += [(path, f"`{eqn.primitive.name}`: {why}") for path in interpreter.paths_of(values)]
         return _dense(values)
 
+    def results(self, outs: list) -> list[jax.Array]:
+        """The results of the function."""
+        return _dense(outs)
+
     def product(self, it, product: Product):
         """Records the input of a product."""
         view = product.view
