@@ -4,8 +4,12 @@ from jaxquant.evaluation.metrics import Comparison as Comparison
 from jaxquant.evaluation.metrics import Estimate as Estimate
 from jaxquant.evaluation.metrics import compare as compare
 from jaxquant.evaluation.metrics import perplexity as perplexity
+from jaxquant.methods.awq import AWQ as AWQ
+from jaxquant.methods.chain import Chain as Chain
 from jaxquant.methods.gptq import GPTQ as GPTQ
+from jaxquant.methods.llm_int8 import LLMInt8 as LLMInt8
 from jaxquant.methods.rtn import RTN as RTN
+from jaxquant.methods.smoothquant import SmoothQuant as SmoothQuant
 from jaxquant.models.model import Model as Model
 from jaxquant.numerics.affine import choose_qparams as choose_qparams
 from jaxquant.numerics.affine import dequantize as dequantize

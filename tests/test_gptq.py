@@ -159,7 +159,7 @@ def test_clipped_scales_bring_the_weights_closer(spec, act_order):
     x, w = correlated(160, 320), weights(160, 32)
     stats = statistics_of(x)
     extremes, _ = run(w, stats, GPTQ(spec, act_order=act_order))
-    clipped, _ = run(w, stats, GPTQ(spec, act_order=act_order, mse=True))
+    clipped, _ = run(w, stats, GPTQ(spec, act_order=act_order, clip="mse"))
     clipped.validate()
     assert np.all(clipped.scale <= extremes.scale) or not act_order  # else they are not those of the same weights
     assert output_error(w, clipped, stats.gram) < output_error(w, extremes, stats.gram)
@@ -247,7 +247,9 @@ def test_stacking_batches_no_loop_bound_and_no_branch(act_order):
         ({"spec": 4}, "spec=4 is not a QuantSpec"),
         ({"spec": QuantSpec(granularity="per_token")}, "per_token is for activations"),
         ({"act_order": 1}, "act_order=1 must be True or False"),
-        ({"mse": None}, "mse=None must be True or False"),
+        ({"clip": "max"}, "clip='max' is not one of mse, diagonal, output"),
+        ({"refine": -1}, "refine=-1 must be a whole number of rounds"),
+        ({"refine": 1, "spec": QuantSpec(granularity="per_tensor")}, "refine works on the scales of columns"),
         ({"percdamp": -0.1}, "percdamp=-0.1 must be a fraction"),
         ({"percdamp": float("nan")}, "percdamp=nan must be a fraction"),
         ({"block_size": 0}, "block_size=0 must be a positive whole number"),

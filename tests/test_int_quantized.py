@@ -18,7 +18,7 @@ from jaxquant.checkpoints import int_quantized
 from jaxquant.checkpoints.compressed_tensors import CompressedTensors
 from jaxquant.checkpoints.compressed_tensors_config import read_groups
 from jaxquant.checkpoints.tensors import same_bits
-from jaxquant.kernels.reference import round_input
+from jaxquant.numerics.activations import round_input
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

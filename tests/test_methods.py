@@ -8,13 +8,24 @@ import numpy as np
 import pytest
 from samples import correlated, output_error, statistics_of, weights
 
+from jaxquant.methods.awq import AWQ
+from jaxquant.methods.chain import Chain
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.affine import dequantize, encode, per_code
+from jaxquant.methods.smoothquant import SmoothQuant
+from jaxquant.numerics.affine import dequantize, encode, per_code, scaled_dense
 from jaxquant.numerics.spec import QuantSpec, int3, int4, int8
 
 K, N = 48, 16
-METHODS = {"rtn": RTN, "gptq": GPTQ, "gptq in order": functools.partial(GPTQ, act_order=False)}
+METHODS = {
+    "rtn": RTN,
+    "rtn, clipped": functools.partial(RTN, clip="output"),
+    "gptq": GPTQ,
+    "gptq in order": functools.partial(GPTQ, act_order=False),
+    "awq": functools.partial(AWQ, grid=4),
+    "smoothquant": functools.partial(SmoothQuant, 0.5),
+    "smoothquant and gptq": lambda spec: Chain(SmoothQuant(0.5), GPTQ(spec)),
+}
 SPECS = {
     "int8": int8(),
     "int4 group": int4(group_size=16),
@@ -56,7 +67,7 @@ def test_structure_dtypes_and_range_of_the_codes(method, spec, dtype):
 def test_dequantized_weights_quantize_to_the_same_codes(method, spec):
     q, _ = run(*given(), METHODS[method](SPECS[spec]))
     scale, zero_point = per_code(q.scale, q.zero_point, q.shape, 1)
-    np.testing.assert_array_equal(encode(dequantize(q), scale, zero_point, q.spec), q.codes)
+    np.testing.assert_array_equal(encode(scaled_dense(q), scale, zero_point, q.spec), q.codes)
 
 
 @every_method
@@ -117,7 +128,7 @@ def test_degenerate_weights_and_inputs_stay_finite(method, spec):
 
 
 @every_spec
-@pytest.mark.parametrize("method", ["gptq", "gptq in order"])
+@pytest.mark.parametrize("method", ["gptq", "gptq in order", "awq", "smoothquant and gptq"])
 def test_output_error_is_below_rounding_to_nearest(method, spec):
     config = METHODS[method](SPECS[spec])
     w, stats = given()

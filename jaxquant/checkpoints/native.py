@@ -16,6 +16,7 @@ Eight-bit dtypes that safetensors' NumPy reader does not know (float8) are store
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 HEADER = "jaxquant.json"
 VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
-_OPTIONAL = ("zero_point", "input_scale")
+_OPTIONAL = ("zero_point", "input_scale", "channel_scale", "outlier_index", "outlier_weight")
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype"))
 
 
@@ -227,8 +228,15 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
     axes: dict[str, Any] = {name: tuple(fields[name]) for name in _AXES}
     q = QTensor(spec=spec, dtype=fields["dtype"], **axes, **arrays)
     q.validate()
-    if q.input_scale is not None:
-        check_scale("input_scale", np.asarray(q.input_scale))
+    for name in ("input_scale", "channel_scale"):
+        if getattr(q, name) is not None:
+            check_scale(name, np.asarray(getattr(q, name)))
+    if q.outlier_index is not None:
+        index, size = np.asarray(q.outlier_index), math.prod(q.in_shape)
+        if index.size and (index.min() < 0 or index.max() >= size):
+            raise ValueError(
+                f"outlier_index reaches from {index.min()} to {index.max()}, but there are {size} channels"
+            )
     every = spec.bits <= PACKED_BITS or spec.bits == 8  # then what is stored can be no other code of the full range
     for name in ("zero_point",) if every and not spec.narrow_range else ("codes", "zero_point"):
         codes = getattr(q, name)

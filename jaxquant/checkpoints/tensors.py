@@ -93,8 +93,8 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def check_scale(name: str, scale: np.ndarray) -> None:
-    """Raises ValueError for a scale that is not finite, and for one of inputs that is not positive."""
-    positive = not name.endswith("input_scale") or (scale > 0).all()
+    """Raises ValueError for a scale that is not finite, and for one of inputs or channels that is not positive."""
+    positive = not name.endswith(("input_scale", "channel_scale")) or (scale > 0).all()
     if not np.isfinite(scale).all() or not positive:
         raise ValueError(f"{name} holds what is no scale: zeros, negative numbers, NaN or infinity")
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxquant.kernels import reference
+from jaxquant.kernels import int8, mixed, reference
 from jaxquant.numerics.qtensor import QTensor
 
 
@@ -18,7 +18,8 @@ def quantized_matmul(x: jax.Array, q: QTensor, *, preferred_element_type=None, p
     Returns:
       `[*lead, T, *out]`.
     """
-    return reference.matmul(x, q, preferred_element_type, precision)
+    chosen = mixed if q.outlier_weight is not None else int8 if int8.declines(q) is None else reference
+    return chosen.matmul(x, q, preferred_element_type, precision)
 
 
 def quantized_ragged_matmul(

@@ -2,7 +2,7 @@
 
 Paper: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323. Original code: github.com/IST-DASLab/gptq. Names kept from there: act_order, percdamp,
-block_size, mse.
+block_size.
 
 With W `[K, N]`, the inputs along axis 0, and H the damped mean of xᵀx, the paper takes H⁻¹ = CᵀC with C upper
 triangular and, for each row k in order, rounds w_k to ŵ_k and subtracts C[k, j] (w_k - ŵ_k) / C[k, k] from every later
@@ -23,8 +23,9 @@ Differences from the original code:
   its first row is reached, from the weights as compensated by all rows before it; there, only by those of earlier
   blocks. per_channel and per_tensor scales always come from the original weights, as there.
 - A channel that saw no input is rounded to nearest, not set to zero, and percdamp is a fraction of the mean diagonal
-  of the other channels. With no tokens at all the result is RTN's, unless mse has chosen other scales.
+  of the other channels. With no tokens at all the result is RTN's, unless `clip` has chosen other scales.
 - A Gram matrix that cannot be factored is damped more, instead of failing.
+- Scales that clip and a refinement of the result are options of our own.
 - Groups never straddle blocks: a block is the largest multiple of the group size within block_size, or one group.
 """
 
@@ -39,11 +40,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from jaxquant.numerics.affine import choose_qparams, decode, encode
+from jaxquant.numerics.affine import decode, encode
 from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.linalg import damped_udu
 from jaxquant.numerics.qtensor import QTensor
-from jaxquant.numerics.scale_search import search_qparams
+from jaxquant.numerics.refine import refine
+from jaxquant.numerics.scale_search import Clip, check_clip, find_qparams
 from jaxquant.numerics.spec import QuantSpec, check_weight_spec
 from jaxquant.numerics.statistics import InputStatistics
 
@@ -59,8 +61,10 @@ class GPTQ:
       act_order: round the channels of largest mean square input first, with static groups.
       percdamp: damping as a fraction of the mean diagonal of the Gram matrix.
       block_size: rows whose feedback is computed together; the result does not depend on it, up to rounding errors.
-      mse: choose scales that clip, by the squared error of the weights, in place of their extremes. It helps at 3 bits
-        and fewer.
+      clip: choose scales that clip, by the error that this names (see `numerics.scale_search`), in place of the
+        extremes of the weights. It helps at 3 bits and fewer.
+      refine: rounds in which scales and codes are improved afterwards (see `numerics.refine`); per_group and
+        per_channel only.
 
     Raises:
       ValueError: a field is outside its range, or the spec is none for weights.
@@ -70,14 +74,19 @@ class GPTQ:
     act_order: bool = True
     percdamp: float = 0.01
     block_size: int = 128
-    mse: bool = False
+    clip: Clip | None = None
+    refine: int = 0
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self):
         check_weight_spec(self.spec)
-        for name in ("act_order", "mse"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        check_clip(self.clip)
+        if not isinstance(self.act_order, bool):
+            raise ValueError(f"act_order={self.act_order!r} must be True or False")
+        if type(self.refine) is not int or self.refine < 0:
+            raise ValueError(f"refine={self.refine!r} must be a whole number of rounds, 0 for none")
+        if self.refine and self.spec.granularity == "per_tensor":
+            raise ValueError("refine works on the scales of columns; choose per_group or per_channel, or refine=0")
         if not 0 <= self.percdamp < math.inf:
             raise ValueError(f"percdamp={self.percdamp!r} must be a fraction of the mean diagonal, 0 or more; try 0.01")
         if not isinstance(self.block_size, int) or self.block_size < 1:
@@ -120,18 +129,21 @@ def _gptq(config: GPTQ, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[st
     pad = (0, -k % block)  # rows of padding are channels that saw no input: nothing couples to them
     rows, gram = jnp.pad(w.astype(gram.dtype), (pad, (0, 0))), jnp.pad(gram, (pad, pad))
     spec = dataclasses.replace(config.spec, scale_dtype=config.spec.scale_dtype or w.dtype.name)
-    choose = search_qparams if config.mse else choose_qparams
-    qparams = choose(rows, spec)
+    qparams = find_qparams(rows, spec, config.clip, gram)
     group = jnp.arange(rows.shape[0]) // (rows.shape[0] // qparams[0].shape[0])
     h, dead = _revive(gram)
+    given = rows
     if config.act_order:
         order = jnp.argsort(-jnp.diagonal(h), stable=True)
         rows, group, h = rows[order], group[order], h[order[:, None], order]
     factor = damped_udu(h, config.percdamp)
     dynamic = config.spec.granularity == "per_group" and not config.act_order
-    codes, qparams = _solve(rows, factor.upper, group, qparams, spec, block, choose if dynamic else None)
+    choose = functools.partial(_choose_group, config.clip, gram, spec) if dynamic else None
+    codes, qparams = _solve(rows, factor.upper, group, qparams, spec, block, choose)
     if config.act_order:
         codes = codes[jnp.argsort(order)]
+    if config.refine:
+        codes, qparams = refine(given, gram, codes, qparams, spec, config.refine)
     scale, zero_point = jax.tree.map(lambda a: a[: config.spec.num_groups(k)], qparams)
     info = {
         "damping": factor.damping,
@@ -215,7 +227,7 @@ def _solve_block(w, x, upper, group, qparams, spec, choose):
         if choose:
             at = _rows(group, start, 1)[0]
             begins = lax.rem(start, spec.group_size) == 0
-            new = functools.partial(_choose_group, w, x, upper, start, at, qparams, spec, choose)
+            new = functools.partial(_with_group, w, x, upper, start, at, qparams, spec, choose)
             qparams = lax.cond(begins, new, lambda: qparams)
         u = _window(upper, (start, 0), (tile, block))
         own = _window(u, (0, start), (tile, tile))
@@ -229,7 +241,14 @@ def _solve_block(w, x, upper, group, qparams, spec, choose):
     return lax.fori_loop(0, block // tile, solve_tile, state)[1:]
 
 
-def _choose_group(w, x, upper, start, at, qparams, spec, choose):
+def _choose_group(clip, gram, spec, w, at):
+    """The qparams `[1, N]` of group `at`, whose weights are w."""
+    size = spec.group_size
+    own = _window(gram, (at * size, at * size), (size, size))
+    return find_qparams(w, dataclasses.replace(spec, granularity="per_channel", group_size=None), clip, own)
+
+
+def _with_group(w, x, upper, start, at, qparams, spec, choose):
     """Sets row `at` of the qparams to those of the group that begins at row `start` of a block.
 
     They come from the weights as the paper has them at that point: with E the errors of the rows D that are done, rows
@@ -240,8 +259,7 @@ def _choose_group(w, x, upper, start, at, qparams, spec, choose):
     w, x = _rows(w, start, size), _rows(x, start, size)
     u = _window(upper, (start, start), (size, size))
     w = w + solve_triangular(u, x - w, trans=1, unit_diagonal=True)
-    chosen = choose(w, dataclasses.replace(spec, granularity="per_channel", group_size=None))
-    return jax.tree.map(lambda a, b: _set_rows(a, b, at), qparams, chosen)
+    return jax.tree.map(lambda a, b: _set_rows(a, b, at), qparams, choose(w, at))
 
 
 def _solve_tile(w, x, upper, group, qparams, spec):

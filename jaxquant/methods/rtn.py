@@ -1,15 +1,15 @@
-"""RTN: every weight is rounded to the nearest code, with scales from the extremes of each range.
+"""RTN: every weight is rounded to the nearest code, with scales from the extremes of each range or narrower ones.
 
 The baseline of every other method, and what they fall back to where there is no calibration data.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 
 from jaxquant.numerics import affine
 from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.scale_search import Clip, check_clip, clipped
 from jaxquant.numerics.spec import QuantSpec, check_weight_spec
 from jaxquant.numerics.statistics import InputStatistics
 
@@ -20,16 +20,24 @@ class RTN:
 
     Attributes:
       spec: bits, symmetry and granularity of the result.
+      clip: choose scales that clip, by the error that this names (see `numerics.scale_search`); None takes the
+        extremes.
 
     Raises:
-      ValueError: the spec is none for weights.
+      ValueError: the spec is none for weights, or `clip` is none of the errors.
     """
 
     spec: QuantSpec
-    needs_statistics: ClassVar[bool] = False
+    clip: Clip | None = None
 
     def __post_init__(self):
         check_weight_spec(self.spec)
+        check_clip(self.clip)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the error is one of the output."""
+        return self.clip in ("diagonal", "output")
 
     def quantize(self, w: jax.Array, stats: InputStatistics | None = None) -> tuple[QTensor, dict[str, jax.Array]]:
         """`rtn(w, stats, self)`."""
@@ -41,15 +49,18 @@ def rtn(w: jax.Array, stats: InputStatistics | None, config: RTN) -> tuple[QTens
 
     Args:
       w: float `[in, out]`.
-      stats: not read.
+      stats: of its inputs; read where `config.needs_statistics`.
       config: static.
 
     Returns:
       The QTensor, and no facts.
 
     Raises:
-      ValueError: the group size does not divide the inputs.
+      ValueError: the group size does not divide the inputs, or there are no statistics where they are needed.
       TypeError: w is not floating.
     """
-    del stats
-    return affine.quantize(w, config.spec, contract=(-2,), out=(-1,)), {}
+    if config.clip is None:
+        return affine.quantize(w, config.spec, contract=(-2,), out=(-1,)), {}
+    if config.needs_statistics and stats is None:
+        raise ValueError(f"RTN(clip={config.clip!r}) needs calibration statistics, and stats is None")
+    return clipped(w, config.spec, config.clip, None if stats is None else stats.gram), {}

@@ -71,11 +71,25 @@ def quantize(
 def dequantize(q: QTensor, dtype=None) -> jax.Array:
     """The weight that the codes stand for, with its own axes, in `dtype` (default: `q.dtype`).
 
-    The product `(codes - zero_point) · scale` is taken in at least float32 and rounded once, to the result's dtype.
+    It is computed in at least float32 and rounded once, to the result's dtype.
     """
-    codes, n_out = q.codes, len(q.out)
-    w = decode(codes, *per_code(q.scale, q.zero_point, codes.shape, n_out))
-    return from_canonical(w, q.contract, q.out, q.in_shape).astype(dtype or q.dtype)
+    return from_canonical(dense(q), q.contract, q.out, q.in_shape).astype(dtype or q.dtype)
+
+
+def dense(q: QTensor) -> jax.Array:
+    """The weight that the codes stand for, in the canonical layout `[*lead, K, *out]`, in at least float32."""
+    w = scaled_dense(q)
+    if q.outlier_index is not None and q.outlier_weight is not None:
+        axis = w.ndim - 1 - len(q.out)
+        index = jnp.broadcast_to(q.outlier_index, q.outlier_weight.shape)
+        w = jnp.put_along_axis(w, index, q.outlier_weight.astype(w.dtype), axis, inplace=False)
+    return w if q.channel_scale is None else w / q.channel_scale.astype(w.dtype)
+
+
+def scaled_dense(q: QTensor) -> jax.Array:
+    """`(codes - zero_point) · scale`, the weight before it is divided by `channel_scale`. As `dense`."""
+    codes = q.codes
+    return decode(codes, *per_code(q.scale, q.zero_point, codes.shape, len(q.out)))
 
 
 def fake_quantize(

@@ -16,12 +16,15 @@ PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scale", "zero_point", "input_scale"],
+    data_fields=[
+        *("values", "scale", "zero_point", "input_scale", "channel_scale"),
+        *("outlier_index", "outlier_weight"),
+    ],
     meta_fields=["spec", "dtype", "contract", "out", "in_shape"],
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """Integer codes with their scales: `x ≈ (codes - zero_point) · scale`.
+    """Integer codes with their scales: `x ≈ (codes - zero_point) · scale / channel_scale`.
 
     Every array is kept in the canonical layout `[*lead, ·, *out]` (see `numerics.layout`), whatever the axes of the
     weight it stands for. Leading (layer, expert) axes are ordinary leading axes of every array, so a QTensor can be
@@ -40,6 +43,12 @@ class QTensor:
       in_shape: sizes of the contracting axes (the packed stream does not tell them).
       input_scale: float `[*lead, 1, 1, ...]` with as many axes as `scale`, the scale of the inputs' codes; None unless
         `spec.activations` is static.
+      channel_scale: positive float `[*lead, K, 1, ...]` with as many axes as `scale`: what each input channel of the
+        weight was multiplied with before it was rounded. A product divides its input by it, before that is rounded.
+        None is 1.
+      outlier_index: int32 `[*lead, k, 1, ...]` with as many axes as `scale`, input channels of which float rows are
+        kept; None unless `spec.activations` has an outlier threshold.
+      outlier_weight: those rows, `[*lead, k, *out]`, in the dtype of the weight.
 
     These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations
     the leaves may be tracers, specs or None.
@@ -54,6 +63,9 @@ class QTensor:
     out: tuple[int, ...]
     in_shape: tuple[int, ...]
     input_scale: jax.Array | None = None
+    channel_scale: jax.Array | None = None
+    outlier_index: jax.Array | None = None
+    outlier_weight: jax.Array | None = None
 
     @classmethod
     def from_codes(
@@ -144,6 +156,20 @@ class QTensor:
         if self.input_scale is not None:
             right = self.input_scale.shape == (*lead, *(1,) * (len(shape) - len(lead)))
             _expect("input_scale", self.input_scale, self.scale.dtype, right)
+        if self.channel_scale is not None:
+            right = self.channel_scale.shape == (*lead, size, *(1,) * len(out))
+            _expect("channel_scale", self.channel_scale, self.scale.dtype, right)
+        self._validate_outliers(lead, self.values.shape[self._axis + 1 :])
+
+    def _validate_outliers(self, lead: tuple[int, ...], out: tuple[int, ...]) -> None:
+        activations, (index, rows) = self.spec.activations, (self.outlier_index, self.outlier_weight)
+        threshold = None if activations is None else activations.outlier_threshold
+        if not (threshold is None) == (index is None) == (rows is None):
+            raise ValueError(f"activations={activations}, but outlier_index is {index} and outlier_weight {rows}")
+        if index is not None and rows is not None:
+            kept = rows.shape[len(lead)] if rows.ndim > len(lead) else 0
+            _expect("outlier_index", index, jnp.int32, index.shape == (*lead, kept, *(1,) * len(out)))
+            _expect("outlier_weight", rows, jnp.dtype(self.dtype), rows.shape == (*lead, kept, *out))
 
 
 def _unsigned(codes, spec):  # codes - the smallest code of the width; int8 arithmetic would overflow at 8 bits

@@ -1,6 +1,7 @@
 """What a quantized tensor looks like: bits, symmetry, and which entries share a scale."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ class ActivationSpec:
       static: the scale comes from calibration and is kept with the weight; otherwise from the input itself, as one
         product on one device sees it: inside `shard_map`, from a device's part of a row, and per_tensor inside `vmap`,
         from the whole batch.
+      outlier_threshold: input channels that reach it in any row stay in floating point (LLM.int8()); None rounds all.
+        Only for dynamic per_token ranges.
 
     Raises:
       ValueError: a field is outside its range, or a static range is per_token or asymmetric.
@@ -29,6 +32,7 @@ class ActivationSpec:
     symmetric: bool = True
     granularity: Literal["per_token", "per_tensor"] | None = None
     static: bool = False
+    outlier_threshold: float | None = None
 
     def __post_init__(self):
         if type(self.static) is not bool:
@@ -41,6 +45,11 @@ class ActivationSpec:
                 f"static activations with granularity={granularity!r}, symmetric={self.symmetric}: a static range is "
                 "per_tensor and symmetric; leave out static=True for a dynamic one"
             )
+        if self.outlier_threshold is not None:
+            if not 0 < self.outlier_threshold < math.inf:
+                raise ValueError(f"threshold={self.outlier_threshold!r} of outliers must be positive; try 6.0")
+            if self.static or granularity != "per_token":
+                raise ValueError("an outlier threshold goes with dynamic per_token ranges only")
         object.__setattr__(self, "granularity", granularity)
         _ = self.spec  # raises for the other fields
 

@@ -160,6 +160,18 @@ def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Mome
     return Moments(gram, abs_sum, absmax, count, dropped, rows, rank)
 
 
+def divided(stats: InputStatistics, channel_scale: jax.Array) -> InputStatistics:
+    """The statistics of inputs whose channels are divided by `channel_scale` `[*lead, K]`."""
+    inverse = 1 / channel_scale.astype(stats.gram.dtype)
+    return dataclasses.replace(
+        stats,
+        gram=stats.gram * inverse[..., :, None] * inverse[..., None, :],
+        absmax=stats.absmax * inverse,
+        mean_abs=stats.mean_abs * inverse,
+        held_out=stats.held_out * inverse[..., None, :],
+    )
+
+
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the rows of both."""
     rows, rank = smallest(jnp.concatenate([a.rows, b.rows], -2), jnp.concatenate([a.rank, b.rank], -1))

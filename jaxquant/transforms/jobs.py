@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +19,24 @@ CHUNK_BYTES = 2**25  # matrices and statistics that one compiled call works on, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """One weight to quantize: the leaf, its config, its axes' roles, and its statistics `[*lead, ...]`."""
+    """One weight to quantize.
+
+    Attributes:
+      path, leaf, config: where it lies, its array, and its method config.
+      contract, out: its axes' roles, negative.
+      inputs: the statistics of its inputs, `[*lead, ...]`, if there are any.
+      channel_scale: `[*lead, K]`, for methods that scale channels.
+      facts: what they say about it, by name, `[*lead]`.
+    """
 
     path: str
     leaf: Any
     config: Any
-    contract: tuple[int, ...]  # negative
+    contract: tuple[int, ...]
     out: tuple[int, ...]
     inputs: InputStatistics | None
+    channel_scale: jax.Array | None = None
+    facts: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -55,8 +65,8 @@ class Job:
         dtype = None if self.inputs is None else self.inputs.gram.dtype
         return self.config, self.shape, self.leaf.dtype, dtype
 
-    def types(self, size: int) -> tuple[jax.ShapeDtypeStruct, Any]:
-        """The types of `size` of its matrices and of their statistics, placed as they will be."""
+    def types(self, size: int) -> tuple[jax.ShapeDtypeStruct, Any, Any]:
+        """The types of `size` of its matrices, of their statistics and channel scales, placed as they will be."""
         arrays = jax.tree.leaves((self.leaf, self.inputs))
         fixed = {a.sharding for a in arrays if isinstance(a, jax.Array) and a.committed and len(a.devices()) == 1}
         place = fixed.pop() if len(fixed) == 1 else None
@@ -65,7 +75,10 @@ class Job:
             return jax.ShapeDtypeStruct((size, *shape), jax.dtypes.canonicalize_dtype(dtype), sharding=place)
 
         inputs = jax.tree.map(lambda a: stacked(a.shape[len(self.lead) :], a.dtype), self.inputs)
-        return stacked(self.shape, self.leaf.dtype), inputs
+        scale = None
+        if self.inputs is not None and hasattr(self.config, "channel_scale"):
+            scale = stacked(self.shape[:1], self.inputs.gram.dtype)
+        return stacked(self.shape, self.leaf.dtype), inputs, scale
 
     def assemble(self, pieces: list[QTensor]) -> QTensor:
         """The weight's QTensor, from those of its matrices `[count, in, out]`."""
@@ -87,10 +100,13 @@ class Span(NamedTuple):
     start: int
     size: int
 
-    def matrices(self) -> tuple[jax.Array, InputStatistics | None]:
-        """The matrices `[size, in, out]` and their statistics `[size, ...]`."""
+    def matrices(self) -> tuple[jax.Array, InputStatistics | None, jax.Array | None]:
+        """The matrices `[size, in, out]`, their statistics and their channel scales `[size, ...]`."""
         job = self.job
-        return _part(job.leaf, job.inputs, self.start, self.size, job.contract, job.out)
+        w, (inputs, scale) = _part(
+            job.leaf, (job.inputs, job.channel_scale), self.start, self.size, job.contract, job.out
+        )
+        return w, inputs, scale
 
 
 def chunks(jobs: list[Job]) -> Iterator[tuple[list[Span], int]]:
@@ -120,12 +136,12 @@ def chunks(jobs: list[Job]) -> Iterator[tuple[list[Span], int]]:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _part(leaf, inputs, start, size: int, contract: tuple[int, ...], out: tuple[int, ...]):
+def _part(leaf, others, start, size: int, contract: tuple[int, ...], out: tuple[int, ...]):
     lead = leaf.ndim - len(contract) - len(out)
     w = to_canonical(leaf, contract, out)
     w = w.reshape(math.prod(w.shape[:lead]), w.shape[lead], math.prod(w.shape[lead + 1 :]))
-    inputs = jax.tree.map(lambda a: a.reshape(len(w), *a.shape[lead:]), inputs)
-    return take((w, inputs), start, size)
+    others = jax.tree.map(lambda a: a.reshape(len(w), *a.shape[lead:]), others)
+    return take((w, others), start, size)
 
 
 @jax.jit

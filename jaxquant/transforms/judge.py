@@ -2,16 +2,18 @@
 
 import dataclasses
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxquant.kernels.reference import dense, round_input
+from jaxquant.kernels.matmul import quantized_matmul
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.affine import choose_qparams
+from jaxquant.numerics.activations import static_scale
+from jaxquant.numerics.channel_scale import quantize_with_scale
+from jaxquant.numerics.output_error import energy, output_error, product
 from jaxquant.numerics.qtensor import QTensor
-from jaxquant.numerics.spec import ActivationSpec
+from jaxquant.numerics.spec import QuantSpec
 from jaxquant.numerics.statistics import InputStatistics
 
 
@@ -34,56 +36,64 @@ FALLBACKS: dict[int, str | None] = {
 }
 
 
-def solve_one(config, w: jax.Array, inputs: InputStatistics | None) -> tuple[QTensor, dict[str, jax.Array]]:
+def solve_one(
+    config: Any, w: jax.Array, inputs: InputStatistics | None, channel_scale: jax.Array | None = None
+) -> tuple[QTensor, dict[str, jax.Array]]:
     """Quantizes one matrix.
 
     Args:
       config: a method config.
       w: float `[in, out]`.
       inputs: statistics of its inputs; None where there are none, and then nothing is judged.
+      channel_scale: `[in]`, what the method's `channel_scale` has given for this weight and those that share its
+        inputs; None for methods without.
 
     Returns:
       The QTensor that is kept, and facts: `tokens`, `dropped`, `error` and `rtn_error` (as in `LayerReport`),
       `fallback` (a `Fallback`), and under `info/` what the method itself says.
     """
-    q, info = config.quantize(w, inputs)
+    if inputs is None or channel_scale is None:
+        q, info = config.quantize(w, inputs)
+    else:
+        q, info = quantize_with_scale(config, w, inputs, channel_scale)
     if inputs is None:
         return q, {f"info/{k}": v for k, v in info.items()}
-    nearest, _ = RTN(config.spec).quantize(w, None)
-    x, activations = inputs.held_out, config.spec.activations
-    input_scale = _input_scale(inputs.absmax, activations, q.scale.dtype) if config.spec.static_activations else None
-    shift = round_input(x, input_scale, activations) - x
-    scale = _energy(_product(x, w))
-    errors = [
-        _energy(_product(x, _dense(a, x) - w.astype(x.dtype)) + _product(shift, _dense(a, x))) for a in (q, nearest)
-    ]
+    nearest, _ = RTN(_without_outliers(config.spec)).quantize(w, None)
+    if q.channel_scale is not None:
+        nearest = dataclasses.replace(nearest, channel_scale=jnp.ones_like(q.channel_scale))
+    q, nearest = (_with_input_scale(a, inputs.absmax) for a in (q, nearest))
+    x = inputs.held_out
+    scale = energy(product(x, w))
+    errors = [_error(w, a, x) for a in (q, nearest)]
     error, rtn_error = (jnp.where(e > 0, e / scale, e) for e in errors)  # a weight of zeros has none
     fallback = jnp.where(error <= rtn_error, Fallback.NONE, Fallback.WORSE)
     fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, Fallback.NOT_FINITE)
     fallback = jnp.where(jnp.any(x != 0), fallback, Fallback.NOT_JUDGED)
     fallback = jnp.where(inputs.count > 0, fallback, Fallback.NO_TOKENS)
-    if isinstance(config, RTN):
+    if q.outlier_weight is not None or config == RTN(config.spec):  # no other answer has this form
         fallback = jnp.zeros_like(fallback)
-    q = jax.tree.map(lambda a, b: jnp.where(fallback > 0, b, a), q, nearest)
-    q = dataclasses.replace(q, input_scale=input_scale)
+    else:
+        q = jax.tree.map(lambda a, b: jnp.where(fallback > 0, b, a), q, nearest)
     facts = {"tokens": inputs.count, "dropped": inputs.dropped, "rtn_error": rtn_error, "fallback": fallback}
     facts["error"] = jnp.where(fallback > 0, rtn_error, error)
     return q, facts | {f"info/{k}": v for k, v in info.items()}
 
 
-def _input_scale(absmax: jax.Array, activations: ActivationSpec, dtype) -> jax.Array:
-    """The static scale `[1, 1]` of inputs whose channels reach as far as `absmax` `[K]`."""
-    spec = dataclasses.replace(activations.spec, scale_dtype=dtype.name)
-    return choose_qparams(absmax[:, None], spec)[0]
+def _error(w: jax.Array, q: QTensor, x: jax.Array) -> jax.Array:
+    if q.outlier_weight is None:
+        return output_error(w, q, x)
+    rows = q.outlier_weight.astype(x.dtype)
+    return energy(quantized_matmul(x, dataclasses.replace(q, dtype=x.dtype.name, outlier_weight=rows)) - product(x, w))
 
 
-def _dense(q: QTensor, x: jax.Array) -> jax.Array:
-    return dense(q).astype(x.dtype)
+def _without_outliers(spec: QuantSpec) -> QuantSpec:
+    """The spec without a threshold: everything is rounded."""
+    if spec.activations is None:
+        return spec
+    return dataclasses.replace(spec, activations=dataclasses.replace(spec.activations, outlier_threshold=None))
 
 
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.matmul(x, w.astype(x.dtype), precision=lax.Precision.HIGHEST)
-
-
-def _energy(y: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(y))
+def _with_input_scale(q: QTensor, absmax: jax.Array) -> QTensor:
+    """The QTensor with the static scale of inputs whose channels reach as far as `absmax` `[K]`, if it has one."""
+    reach = absmax if q.channel_scale is None else absmax / q.channel_scale[:, 0].astype(absmax.dtype)
+    return dataclasses.replace(q, input_scale=static_scale(reach, q.spec, q.scale.dtype))

@@ -14,12 +14,12 @@ import numpy as np
 from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
-from jaxquant.transforms import memory
+from jaxquant.transforms import memory, sharing
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
 from jaxquant.transforms.judge import FALLBACKS, Fallback, solve_one
 from jaxquant.transforms.memory import MemoryEstimate
-from jaxquant.transforms.recipe import needs_statistics, resolve, rules_of
+from jaxquant.transforms.recipe import name_of, needs_statistics, resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 
@@ -65,6 +65,21 @@ def run_jobs(
 ) -> tuple[Any, Report]:
     """Quantizes what was planned. Arguments and result as those of `quantize_params`."""
     named = dict(named_leaves(params, is_qtensor))
+    jobs = sharing.with_channel_scales(jobs)
+    quantized, layers = _solve_all(jobs, progress)
+    quantized_again, layers_again = _solve_all(sharing.without_lost_scales(jobs, layers), None)
+    quantized, layers = quantized | quantized_again, layers | layers_again
+    structure = jax.tree.structure(params, is_leaf=is_qtensor)
+    tree = jax.tree.unflatten(structure, [quantized.get(path, leaf) for path, leaf in named.items()])
+    order = tuple(layer for path in named for layer in layers.get(path, ()))
+    unchanged = tuple(path for path in named if path not in quantized)
+    return tree, Report(order, unchanged, _notes(stats), _nbytes(params), _nbytes(tree))
+
+
+def _solve_all(
+    jobs: list[Job], progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, QTensor], dict[str, list[LayerReport]]]:
+    """The QTensor of each job, and the reports on its matrices, by path."""
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     total, done = sum(job.count for job in jobs), 0
@@ -75,12 +90,7 @@ def run_jobs(
             done += span.size
         if progress is not None:
             progress(done, total)
-    quantized = {job.path: job.assemble(pieces.pop(job.path)) for job in jobs}
-    structure = jax.tree.structure(params, is_leaf=is_qtensor)
-    tree = jax.tree.unflatten(structure, [quantized.get(path, leaf) for path, leaf in named.items()])
-    order = tuple(layer for path in named for layer in layers.get(path, ()))
-    unchanged = tuple(path for path in named if path not in quantized)
-    return tree, Report(order, unchanged, _notes(stats), _nbytes(params), _nbytes(tree))
+    return {job.path: job.assemble(pieces.pop(job.path)) for job in jobs}, layers
 
 
 def _notes(stats: Statistics | None) -> dict[str, str]:
@@ -103,7 +113,8 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     taken = resolve(recipe, named, quantizable)
     if not taken:
         raise ValueError("the recipe quantizes nothing: every rule that matches has None for its config")
-    jobs = [_job(path, named[path], config, stats) for path, config in taken.items()]
+    ranged: dict[int, InputStatistics] = {}
+    jobs = [_job(path, named[path], config, stats, ranged) for path, config in taken.items()]
     for job in jobs:
         _check(job)
     return jobs
@@ -114,7 +125,7 @@ def _named_as_weight(path: str) -> bool:
     return not any(word in name for word in NOT_WEIGHTS) and "norm" not in "".join(modules[-1:])
 
 
-def _job(path: str, leaf, config, stats: Statistics | None) -> Job:
+def _job(path: str, leaf, config, stats: Statistics | None, ranged: dict[int, InputStatistics]) -> Job:
     ndim = np.ndim(leaf)
     if stats is None:
         return Job(path, leaf, config, (-2,), (-1,), None)
@@ -123,7 +134,13 @@ def _job(path: str, leaf, config, stats: Statistics | None) -> Job:
         return Job(path, leaf, config, (-1,), tuple(range(-ndim, -1)), None)
     product = stats.products[path]
     contract, out = (tuple(a - ndim for a in axes) for axes in (product.contract, product.out))
-    inputs = _with_ranges(path, product.inputs) if config.spec.static_activations else product.inputs
+    inputs = product.inputs
+    if config.spec.static_activations:  # weights that share their statistics go on sharing them
+        if id(inputs) not in ranged:
+            ranged[id(inputs)] = _with_ranges(path, inputs)
+        inputs = ranged[id(inputs)]
+    if hasattr(config, "for_inputs"):  # what must be known before the method is compiled
+        config = config.for_inputs(inputs)
     return Job(path, leaf, config, contract, out, inputs)
 
 
@@ -142,7 +159,7 @@ def _with_ranges(path: str, inputs: InputStatistics) -> InputStatistics:
 
 def _check(job: Job) -> None:
     if job.inputs is None and needs_statistics(job.config):
-        name = type(job.config).__name__ + (" with static activations" if job.config.spec.static_activations else "")
+        name = name_of(job.config) + (" with static activations" if job.config.spec.static_activations else "")
         raise ValueError(f"'{job.path}': {name} needs calibration statistics; pass jq.calibrate(...) as `stats`")
     if job.inputs is not None and job.inputs.gram.shape != (*job.lead, job.shape[0], job.shape[0]):
         raise ValueError(
@@ -167,9 +184,9 @@ def needed_memory(jobs: list[Job]) -> MemoryEstimate:
         job = spans[0].job
         if job.kind not in seen:
             seen.add(job.kind)
-            w, inputs = job.types(size)
-            lowered = _run.lower(job.config, w, inputs)
-            given, result = memory.types_bytes((w, inputs)), memory.types_bytes(lowered.out_info)
+            types = job.types(size)
+            lowered = _run.lower(job.config, *types)
+            given, result = memory.types_bytes(types), memory.types_bytes(lowered.out_info)
             running = given + memory.compiled_bytes(lowered.compile()) + result
             chunk = max(chunk, running, 2 * given)  # the matrices of several weights are put together first
         for span in spans:
@@ -189,9 +206,9 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
     count = sum(span.size for span in spans)
     if count < size:  # the last chunk runs in the same program as the others
         parts.append(jax.tree.map(lambda a: jnp.repeat(a[-1:], size - count, 0), parts[-1]))
-    w, inputs = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
+    w, inputs, scale = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
     del parts  # or they would stay in memory while the method runs
-    q, facts = jax.block_until_ready(_run(spans[0].job.config, w, inputs))
+    q, facts = jax.block_until_ready(_run(spans[0].job.config, w, inputs, scale))
     facts = jax.tree.map(np.asarray, facts)
     seconds = (time.perf_counter() - start) / count
     pieces, reports, first = [], [], 0
@@ -206,8 +223,8 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(config, w: jax.Array, inputs: InputStatistics | None):
-    return jax.vmap(one_by_one_on_cpu(functools.partial(solve_one, config)))(w, inputs)
+def _run(config, w: jax.Array, inputs: InputStatistics | None, channel_scale: jax.Array | None = None):
+    return jax.vmap(one_by_one_on_cpu(functools.partial(solve_one, config)))(w, inputs, channel_scale)
 
 
 def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerReport:
@@ -215,12 +232,14 @@ def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerRepor
         return float(facts[key]) if key in facts and np.isfinite(facts[key]) else None
 
     tokens, dropped = number("tokens"), number("dropped")
+    index = np.unravel_index(at, job.lead) if job.lead else ()
+    scaling = {name: float(fact[index]) for name, fact in job.facts.items()}
     spec = job.config.spec
     return LayerReport(
         path=job.path,
-        index=tuple(int(i) for i in np.unravel_index(at, job.lead)) if job.lead else (),
+        index=tuple(map(int, index)),
         shape=job.shape,
-        method=type(job.config).__name__,
+        method=name_of(job.config),
         bits=spec.bits,
         group_size=spec.group_size,
         symmetric=spec.symmetric,
@@ -230,7 +249,7 @@ def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerRepor
         rtn_error=number("rtn_error"),
         error=number("error"),
         fallback=FALLBACKS[int(facts.get("fallback", Fallback.NONE))],
-        info={k.removeprefix("info/"): number(k) for k in facts if k.startswith("info/")},
+        info=scaling | {k.removeprefix("info/"): number(k) for k in facts if k.startswith("info/")},
         seconds=seconds,
     )
 

@@ -126,8 +126,9 @@ class _Executor:
         q = payloads.arranged(view, product.stack_factors)
         if q is None:
             return it.other(product.eqn, product.ins, "it batches over an axis that the weight was quantized along")
-        if q.input_scale is not None and any(n > 1 for n in q.input_scale.shape[len(product.stack_factors) :]):
-            why = "its matrices have static input scales of their own, but it multiplies one input with several of them"
+        outer = [a.shape[len(product.stack_factors) + 1 :] for a in (q.input_scale, q.channel_scale) if a is not None]
+        if any(n > 1 for sizes in outer for n in sizes):
+            why = "its matrices have input scales of their own, but it multiplies one input with several of them"
             return it.other(product.eqn, product.ins, why)
         kept = {name: product.eqn.params[name] for name in ("preferred_element_type", "precision")}
 

@@ -36,6 +36,12 @@ def needs_statistics(config: Any) -> bool:
     return config.needs_statistics or config.spec.static_activations
 
 
+def name_of(config: Any) -> str:
+    """The name of a method config for people; of a `Chain`, those of its steps."""
+    steps = getattr(config, "steps", None)
+    return type(config).__name__ if steps is None else "+".join(map(name_of, steps))
+
+
 def resolve(recipe: Recipe, paths: Iterable[str], quantizable: set[str]) -> dict[str, Any]:
     """The config of each weight that the recipe takes.
 

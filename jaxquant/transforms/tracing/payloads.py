@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxquant.kernels.reference import dense
+from jaxquant.numerics.affine import dense
 from jaxquant.numerics.layout import canonical_order
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.transforms.tracing import compat
@@ -122,7 +122,7 @@ def arranged(view: View, batch: tuple[Factor, ...]) -> QTensor | None:
 def densify(view: View) -> jax.Array:
     """The dense value that the program holds in the view's place, in the view's dtype."""
     q, (leads, out) = view.payload, _held(view)
-    w = dense(dataclasses.replace(q, dtype=view.dtype))
+    w = dense(q).astype(view.dtype)
     held = [*leads, *contract_axes(view), *out]
     factors = [f for dim in view.axes for f in dim]
     own = sorted(range(len(factors)), key=lambda i: (held.index(factors[i].axis), -factors[i].stride))
