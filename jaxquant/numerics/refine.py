@@ -53,7 +53,7 @@ def refit_scales(w: jax.Array, gram: jax.Array, codes: jax.Array, qparams: Qpara
     """The scales `[G, N]` with the smallest output error for given codes; a column keeps its own if that is no better.
 
     With a_g the codes of group g (less the zero point, and zero elsewhere), ŵ = Σ_g s_g a_g, so that
-    Σ_h (a_gᵀ H a_h) s_h = a_gᵀ H w.
+    Σ_h (a_gᵀ H a_h) s_h = a_gᵀ H w. Where a scale of that solution is not positive, a column goes a part of the way there.
     """
     scale, zero_point = qparams
     groups, k = scale.shape[0], len(w)
@@ -74,14 +74,14 @@ def refit_scales(w: jax.Array, gram: jax.Array, codes: jax.Array, qparams: Qpara
         # the ridge pulls towards the old scales, not towards zero
         right = right - jnp.einsum("ngh,hn->ng", matrix, old, precision=lax.Precision.HIGHEST)
         change = jnp.linalg.solve(matrix + ridge, right[..., None])[..., 0].T
-        new = (old + change).astype(scale.dtype).astype(w.dtype)
+        reach = jnp.min(jnp.where(change < 0, -0.9 * old / change, 1), 0)  # as far as all scales stay positive
+        new = (old + jnp.minimum(reach, 1) * change).astype(scale.dtype).astype(w.dtype)
 
         def error(s):  # up to a constant
             both = jnp.einsum("gn,ngh,hn->n", s, matrix, s, precision=lax.Precision.HIGHEST)
             return both - 2 * jnp.einsum("gn,gin,gin->n", s, grouped, target.reshape(grouped.shape))
 
-        better = jnp.all(new > 0, 0) & (error(new) < error(old))
-        return jnp.where(better, new, old)
+        return jnp.where(error(new) < error(old), new, old)
 
     new = _by_columns(best, (steps, target, scale.astype(w.dtype)))
     return new.astype(scale.dtype)
