@@ -53,7 +53,7 @@ def refit_scales(w: jax.Array, gram: jax.Array, codes: jax.Array, qparams: Qpara
     """The scales `[G, N]` with the smallest output error for given codes; a column keeps its own if that is no better.
 
     With a_g the codes of group g (less the zero point, and zero elsewhere), ŵ = Σ_g s_g a_g, so that
-    Σ_h (a_gᵀ H a_h) s_h = a_gᵀ H w. Where a scale of that solution is not positive, a column goes a part of the way there.
+    Σ_h (a_gᵀ H a_h) s_h = a_gᵀ H w. Where a scale of that solution is not positive, a column goes a part of the way.
     """
     scale, zero_point = qparams
     groups, k = scale.shape[0], len(w)
