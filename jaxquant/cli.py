@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -17,10 +17,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxquant import inspection, workflows
+from jaxquant.methods.awq import AWQ
+from jaxquant.methods.chain import Chain
 from jaxquant.methods.gptq import GPTQ
+from jaxquant.methods.llm_int8 import LLMInt8
 from jaxquant.methods.rtn import RTN
+from jaxquant.methods.smoothquant import SmoothQuant
+from jaxquant.numerics.scale_search import Clip
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
+_READERS = {  # of the options that not every method reads
+    "no_act_order": ("gptq",),
+    "clip": ("rtn", "gptq", "awq"),
+    "refine": ("gptq",),
+    "alpha": ("smoothquant",),
+    "threshold": ("llm-int8",),
+}
 MODEL_HELP = 'directory of a checkpoint, hub id, or "tinylm" for the packaged model'
 DATA_HELP = "file of text (.txt, .jsonl with a text field) or token ids (.npy, flat or [samples, time]); default: "
 
@@ -64,17 +77,25 @@ def _add_quantize(commands) -> None:
     parser = _add(commands, "quantize", _quantize, "quantize the linear layers of a checkpoint")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--method", choices=("rtn", "gptq"), default="gptq", help="default: %(default)s")
-    parser.add_argument("--bits", type=int, default=4, metavar="B", help="2 to 8 (default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="gptq", help="default: %(default)s")
+    parser.add_argument("--bits", type=int, metavar="B",
+                        help="2 to 8 (default: 4; smoothquant, llm-int8: 8)")  # fmt: skip
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--group-size", type=int, default=128, metavar="G",
-                       help="input channels that share a scale (default: %(default)s)")  # fmt: skip
+    group.add_argument("--group-size", type=int, metavar="G",
+                       help="input channels that share a scale (default: 128; smoothquant, llm-int8: all)")  # fmt: skip
     group.add_argument("--per-channel", action="store_true", help="one scale per output channel")
     parser.add_argument("--asymmetric", action="store_true", help="use zero points")
-    parser.add_argument("--activations", choices=("none", "dynamic", "static"), default="none",
+    parser.add_argument("--activations", choices=("none", "dynamic", "static"),
                         help="round the inputs of products to 8 bits: by token as they come, or by calibrated ranges "
-                        "(default: %(default)s)")  # fmt: skip
+                        "(default: none; smoothquant: dynamic)")  # fmt: skip
     parser.add_argument("--no-act-order", action="store_true", help="GPTQ: keep the order of the input channels")
+    parser.add_argument("--clip", choices=get_args(Clip),
+                        help="RTN, GPTQ, AWQ: clip scales by this error (default: none; awq: output)")  # fmt: skip
+    parser.add_argument("--refine", type=int, metavar="ROUNDS",
+                        help="GPTQ: improve scales and codes afterwards, so many times (default: 0)")  # fmt: skip
+    parser.add_argument("--alpha", type=float,
+                        help="SmoothQuant: 0 to 1 (default: searched for each weight)")  # fmt: skip
+    parser.add_argument("--threshold", type=float, help="LLM.int8(): size of an outlier (default: 6.0)")
     parser.add_argument("--calibration", metavar="FILE", help=DATA_HELP + "Python's standard library")
     parser.add_argument("--num-samples", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -126,13 +147,7 @@ def _demo(args) -> None:
 
 
 def _quantize(args) -> None:
-    group_size = None if args.per_channel else args.group_size
-    activations = None if args.activations == "none" else ActivationSpec(static=args.activations == "static")
-    symmetric = not args.asymmetric
-    spec = QuantSpec(bits=args.bits, group_size=group_size, symmetric=symmetric, activations=activations)
-    if args.method == "rtn" and args.no_act_order:
-        raise ValueError("--no-act-order is read by --method gptq only; leave it out")
-    config = RTN(spec) if args.method == "rtn" else GPTQ(spec, act_order=not args.no_act_order)
+    config = _method_config(args)
     with _progress() as progress, _notes():
         report = workflows.quantize_checkpoint(
             args.model,
@@ -149,6 +164,32 @@ def _quantize(args) -> None:
         return _print_json({"out": args.out, "format": args.format, **report.to_dict()})
     Console().print(report.table())
     print(f"written: {args.out} ({args.format})")
+
+
+def _method_config(args) -> Any:
+    """The method config that the arguments of `quantize` describe; ValueError for one that the method does not read."""
+    steps = args.method.split("+")
+    for option, readers in _READERS.items():
+        if getattr(args, option) not in (None, False) and not set(steps) & set(readers):
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"{flag} is read by --method {', '.join(readers)} only; leave it out")
+    eight = args.method in ("smoothquant", "llm-int8")
+    bits = (8 if eight else 4) if args.bits is None else args.bits
+    group_size = 128 if args.group_size is None and not eight else args.group_size
+    kind = args.activations or ("dynamic" if args.method == "smoothquant" else "none")
+    activations = None if kind == "none" else ActivationSpec(static=kind == "static")
+    group_size = None if args.per_channel else group_size
+    spec = QuantSpec(bits=bits, group_size=group_size, symmetric=not args.asymmetric, activations=activations)
+    gptq = {"act_order": not args.no_act_order, "clip": args.clip, "refine": args.refine or 0}
+    made = {
+        "rtn": lambda: RTN(spec, clip=args.clip),
+        "gptq": lambda: GPTQ(spec, **gptq),
+        "awq": lambda: AWQ(spec, clip=args.clip or AWQ.clip),
+        "smoothquant": lambda: SmoothQuant(args.alpha, spec),
+        "llm-int8": lambda: LLMInt8(LLMInt8.threshold if args.threshold is None else args.threshold, spec),
+    }
+    configs = [made[step]() for step in steps]
+    return configs[0] if len(configs) == 1 else Chain(*configs)
 
 
 def _evaluate(args) -> None:

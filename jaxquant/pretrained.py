@@ -25,6 +25,7 @@ from jaxquant.models.model import Model
 from jaxquant.models.names import check_names, layer_params, outer_params, parameter_shapes, tensors_from_params
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
+from jaxquant.transforms.fold import fold
 
 Format = Literal["jaxquant", "compressed-tensors"]
 _SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
@@ -130,7 +131,8 @@ def save(
       path: the directory; it appears whole or not at all, after what was written has been read back.
       model: the model from `load_pretrained`. None writes a bare tree of any shape, for `load`.
       params: its parameters, quantized or not. Without a model: nested dicts, lists and tuples of arrays and QTensors.
-      format: "jaxquant" keeps everything bit for bit; "compressed-tensors" is read by vLLM and transformers.
+      format: "jaxquant" keeps everything bit for bit; "compressed-tensors" is read by vLLM and transformers, and has
+        no place for channel scales, which are folded into norms and linear layers.
       overwrite: replaces an existing checkpoint.
 
     Raises:
@@ -233,7 +235,7 @@ def _write_model(directory: Path, model: Model, params: Any, format: Format) -> 
                 "embed_tokens/embedding is the output head too, and readers of compressed-tensors cannot share a "
                 "quantized weight; leave it as it is, or format='jaxquant'"
             )
-        tensors = tensors_from_params(model.config, params)
+        tensors = tensors_from_params(model.config, fold(params, model.fold_pairs))
         write_compressed_tensors(directory, hf_config, tensors, _classes(model.config))
     if source is not None:
         copy_companions(Path(source), directory)

@@ -137,13 +137,14 @@ def quantize_checkpoint(
     samples = None
     if needs_statistics(config) or calibration is not None:
         samples = calibration_samples(checkpoint.model, TextSource(directory), calibration, num_samples, seq_len)
-    params, report = _quantize_layers(checkpoint, samples, config, progress)
+    rules = checkpoint.model.layer_rules(config, foldable=format != "jaxquant")
+    params, report = _quantize_layers(checkpoint, samples, rules, progress)
     pretrained.save(out, checkpoint.model, params, format=format, overwrite=overwrite)
     return report
 
 
 def _quantize_layers(
-    checkpoint: Checkpoint, samples: np.ndarray | None, config: Any, progress: Progress
+    checkpoint: Checkpoint, samples: np.ndarray | None, rules: list, progress: Progress
 ) -> tuple[Any, Report]:
     """Quantizes the linear layers, one layer of the model at a time. Returns all parameters and the report on them."""
     blocks, count = checkpoint.model.blocks, checkpoint.model.config.num_layers
@@ -160,8 +161,7 @@ def _quantize_layers(
     def calibrating(batches: int, total: int) -> None:
         progress("calibrating", len(done) * total + batches, count * total)
 
-    recipe = [("layers/.*/kernel", config)]
-    for block in quantize_blocks(blocks.apply, layers(), inputs, recipe, progress=calibrating):
+    for block in quantize_blocks(blocks.apply, layers(), inputs, rules, progress=calibrating):
         done.append(block)
         progress("quantizing", len(done), count)
     stack, report = stack_blocks(done)

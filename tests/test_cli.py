@@ -112,6 +112,47 @@ def test_flags_reach_the_method(checkpoint, tmp_path, capsys):
     assert (plain != params["layers"]["mlp"]["down_proj"]["kernel"].codes).any()
 
 
+G128, STATIC = jq.int4(group_size=128), jq.int8(activations=jq.ActivationSpec(static=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config"),
+    [
+        ("", jq.GPTQ(jq.int4(group_size=128))),
+        ("--clip diagonal --refine 2", jq.GPTQ(jq.int4(group_size=128), clip="diagonal", refine=2)),
+        ("--method rtn --clip mse --bits 3", jq.RTN(jq.int3(group_size=128), clip="mse")),
+        ("--method awq --asymmetric", jq.AWQ(jq.int4(group_size=128, symmetric=False))),
+        ("--method awq+gptq --clip mse", jq.Chain(jq.AWQ(G128, clip="mse"), jq.GPTQ(G128, clip="mse"))),
+        ("--method smoothquant --alpha 0.3", jq.SmoothQuant(0.3, jq.int8(activations=jq.ActivationSpec()))),
+        ("--method llm-int8 --threshold 5", jq.LLMInt8(5.0)),
+        (
+            "--method smoothquant+gptq --bits 8 --per-channel --activations static",
+            jq.Chain(jq.SmoothQuant(None, STATIC), jq.GPTQ(STATIC)),
+        ),
+    ],
+)
+def test_arguments_describe_a_method(monkeypatch, capsys, arguments, config):
+    asked = []
+
+    def quantize(model, out, config, **options):
+        asked.append(config)
+        return jq.Report((), (), {}, 0, 0)
+
+    monkeypatch.setattr("jaxquant.workflows.quantize_checkpoint", quantize)
+    assert run(capsys, "quantize", "tinylm", "--out", "x", *arguments.split())[0] == 0
+    assert asked == [config]
+
+
+def test_methods_that_scale_channels_reach_other_formats(checkpoint, tmp_path, capsys):
+    arguments = quantize_arguments(checkpoint, tmp_path / "q", "--method", "awq", "--format", "compressed-tensors")
+    status, text, error = run(capsys, *arguments, "--json")
+    assert status == 0, error
+    assert {layer["method"] for layer in json.loads(text)["layers"]} == {"AWQ", "RTN"}  # o_proj has heads in common
+    data = ["--data", checkpoint / "held.npy", "--context", 64, "--json"]
+    _, text, _ = run(capsys, "evaluate", tmp_path / "q", "--baseline", checkpoint / "model", *data)
+    assert json.loads(text)["comparison"]["kl"]["mean"] < 0.1
+
+
 def bad_inputs(checkpoint, tmp_path):
     tokens = checkpoint / "tokens.npy"
     np.save(tmp_path / "outside.npy", np.full((4, 32), 96))
@@ -131,6 +172,16 @@ def bad_inputs(checkpoint, tmp_path):
         "no such setting": (
             [*good, "--method", "rtn", "--no-act-order"],
             "--no-act-order is read by --method gptq only",
+        ),
+        "alpha": ([*good, "--method", "smoothquant", "--alpha", 2], "alpha=2.0 must be from 0 to 1"),
+        "alpha without its method": ([*good, "--alpha", 0.5], "--alpha is read by --method smoothquant only"),
+        "threshold": (
+            [*good, "--method", "llm-int8", "--threshold", -1],
+            "threshold=-1.0 of outliers must be positive",
+        ),
+        "outliers elsewhere": (
+            [*good, "--method", "llm-int8", "--format", "compressed-tensors"],
+            "outliers in floating point have no place in the format",
         ),
         "no samples": ([*good, "--num-samples", 0], "must be positive"),
         "output not empty": ([*good[:2], "--out", tmp_path / "full", *good[4:]], "not empty"),
@@ -157,7 +208,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_lost(checkpoint, tmp_path, c
 def test_a_bad_output_is_refused_before_any_work(checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
-    monkeypatch.setattr("jaxquant.pretrained.load_pretrained", lambda *a, **k: pytest.fail("work was begun"))
+    monkeypatch.setattr("jaxquant.pretrained.open_pretrained", lambda *a, **k: pytest.fail("work was begun"))
     status, _, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "full"))
     assert status == 1
     assert "not empty" in error

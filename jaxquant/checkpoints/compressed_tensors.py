@@ -197,9 +197,10 @@ def _check_qtensor(q: QTensor, kind: str) -> None:
             f"{AXES[kind][0]}"
         )
     if q.channel_scale is not None:
-        raise ValueError("it has a channel_scale, which the format cannot say; fold it first, or format='jaxquant'")
-    if q.outlier_index is not None:
-        raise ValueError("it keeps outliers in floating point, which the format cannot say; use format='jaxquant'")
+        raise ValueError(
+            "it has a channel scale that cannot be folded away, and the format has no place for one; quantize with "
+            "model.recipe(config, foldable=True), or format='jaxquant'"
+        )
     if kind == "Embedding" and q.spec.activations is not None:
         raise ValueError("its inputs are token ids, which cannot be rounded; leave out `activations`")
     if q.dtype not in MODEL_DTYPES or q.scale.dtype.name != q.dtype:

@@ -81,6 +81,8 @@ def check_spec(spec: QuantSpec) -> None:
         reason = "narrow_range has no place in the format; use the full range"
     elif spec.granularity not in ("per_channel", "per_group"):
         reason = f"granularity {spec.granularity} is not supported; use per_channel or a group_size"
+    elif spec.activations is not None and spec.activations.outlier_threshold is not None:
+        reason = "inputs that keep outliers in floating point have no place in the format; use another method"
     if reason:
         raise ValueError(f"cannot be written as compressed-tensors: {reason}, or format='jaxquant'")
 

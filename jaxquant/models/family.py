@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxquant.transforms.fold import FoldPair
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorName:
@@ -50,6 +52,23 @@ _TENSORS = (
     *_linear("mlp.up_proj"),
     *_linear("mlp.down_proj"),
     TensorName("norm/scale", "model.norm.weight", False),
+)
+
+VALUES = FoldPair(
+    ("layers/self_attn/v_proj/kernel", "layers/self_attn/v_proj/bias"),
+    ("layers/self_attn/o_proj/kernel",),
+)
+_FOLD_PAIRS = (
+    FoldPair(
+        ("layers/input_layernorm/scale",),
+        tuple(f"layers/self_attn/{name}_proj/kernel" for name in "qkv"),
+    ),
+    VALUES,
+    FoldPair(
+        ("layers/post_attention_layernorm/scale",),
+        ("layers/mlp/gate_proj/kernel", "layers/mlp/up_proj/kernel"),
+    ),
+    FoldPair(("layers/mlp/up_proj/kernel", "layers/mlp/up_proj/bias"), ("layers/mlp/down_proj/kernel",)),
 )
 
 # The keys of every family, to be united with its own.
@@ -101,6 +120,7 @@ class Family:
       tensors: every parameter that the decoder can have, but the output head. A model has those that its configuration
         switches on.
       head: the output head of models that do not tie it to the embedding.
+      fold_pairs: what makes the inputs of linear layers, for `jaxquant.fold`.
       ignored_tensors: a regular expression for the names of tensors that hold nothing that is learned.
     """
 
@@ -111,4 +131,5 @@ class Family:
     harmless: frozenset[str] = _HARMLESS
     tensors: tuple[TensorName, ...] = _TENSORS
     head: TensorName = TensorName("lm_head/kernel", "lm_head.weight", True)
+    fold_pairs: tuple[FoldPair, ...] = _FOLD_PAIRS
     ignored_tensors: str = r".*rotary_emb\.inv_freq"

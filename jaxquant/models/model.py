@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxquant.models.config import DecoderConfig, from_hf
+from jaxquant.models.config import FAMILIES, DecoderConfig, from_hf
 from jaxquant.models.decoder import Decoder, Layers, window_sizes
+from jaxquant.models.family import VALUES
+from jaxquant.models.names import parameter_shapes
+from jaxquant.transforms.fold import FoldPair
 from jaxquant.transforms.quantized import quantized
+from jaxquant.transforms.recipe import unscaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +60,42 @@ class Model:
         """Returns random parameters, float32, kernels of the layers stacked to `[layers, in, out]`."""
         return Decoder(self.config, self.dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def recipe(self, config) -> list[tuple[str, Any]]:
+    def recipe(self, config, *, foldable: bool = False) -> list[tuple[str, Any]]:
         """Returns the rules that give every linear layer `config` and leave everything else alone.
 
         That is the embedding, the output head, norms and biases. A rule stands there only if the model has what it is
         about: a rule that matches nothing is an error.
+
+        Args:
+          config: a method config.
+          foldable: a weight whose channel scale could not be folded away (see `fold`) gets what `config` is without
+            one. Formats without a place for such scales need this.
         """
         decoder = self.config
         head = [] if decoder.tie_embeddings else [("lm_head/kernel", None)]
         biased = decoder.qkv_bias or decoder.o_bias or decoder.mlp_bias
         biases = [("layers/.*/bias", None)] if biased else []
         norms = (".*norm/scale", None)
-        return [("embed_tokens/embedding", None), *head, norms, *biases, ("layers/.*/kernel", config)]
+        return [("embed_tokens/embedding", None), *head, norms, *biases, *self.layer_rules(config, foldable=foldable)]
+
+    def layer_rules(self, config, *, foldable: bool = False) -> list[tuple[str, Any]]:
+        """Returns the rules of `recipe` that are about linear layers."""
+        rules = [("layers/.*/kernel", config)]
+        if foldable and hasattr(config, "channel_scale"):
+            readers = {path for pair in self.fold_pairs for path in pair.readers}
+            kernels = [path for path in parameter_shapes(self.config) if re.fullmatch("layers/.*/kernel", path)]
+            rules = [(path, unscaled(config)) for path in kernels if path not in readers] + rules
+        return rules
+
+    @property
+    def fold_pairs(self) -> tuple[FoldPair, ...]:
+        """What makes the inputs of the linear layers, for `jaxquant.fold`.
+
+        The values that `o_proj` reads come from fewer heads than it has where query heads share them: there, no scale
+        can be moved.
+        """
+        shared = self.config.num_heads != self.config.num_kv_heads
+        return tuple(pair for pair in FAMILIES[self.config.architecture].fold_pairs if not (shared and pair == VALUES))
 
     def check_tokens(self, tokens) -> None:
         """Raises ValueError, naming the first one, if a token is outside the vocabulary, or if they are no integers.

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jaxquant.methods.rtn import RTN
+
 Recipe = Any  # a method config, or a sequence of (regular expression, method config or None)
 
 
@@ -40,6 +42,12 @@ def name_of(config: Any) -> str:
     """The name of a method config for people; of a `Chain`, those of its steps."""
     steps = getattr(config, "steps", None)
     return type(config).__name__ if steps is None else "+".join(map(name_of, steps))
+
+
+def unscaled(config: Any) -> Any:
+    """What a method config that scales channels is without that: the last step of a `Chain`, else rounding."""
+    steps = getattr(config, "steps", None)
+    return RTN(config.spec, clip=getattr(config, "clip", None)) if steps is None else steps[-1]
 
 
 def resolve(recipe: Recipe, paths: Iterable[str], quantizable: set[str]) -> dict[str, Any]:

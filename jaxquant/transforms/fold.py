@@ -1,0 +1,93 @@
+"""Moves channel scales into what makes the inputs they divide, where a model says what that is.
+
+Products divide their input x by the channel scale d of their weight. Where x = g · n (a norm with scale g), g / d makes
+that division, and where x is an output of a linear layer, so does a division of its columns and bias: then the scale
+is gone from the weight, and formats without a place for it can store the model. Nothing changes but rounding errors.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.numerics.qtensor import QTensor, is_qtensor
+from jaxquant.numerics.spec import compute_dtype
+from jaxquant.transforms.tracing.interpreter import named_leaves
+
+
+class FoldPair(NamedTuple):
+    """What makes an input, and who reads it; paths in the parameter tree.
+
+    Attributes:
+      sources: arrays whose last axis are the channels: the scale (and bias) of a norm, or the kernel and bias of a
+        linear layer. Every channel of the input must be proportional to that channel of each of them.
+      readers: the kernels `[..., in, out]` of all products with that input, quantized or not.
+    """
+
+    sources: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+def fold(params: Any, pairs: Sequence[FoldPair]) -> Any:
+    """Removes channel scales from a parameter tree.
+
+    Readers that are not quantized are multiplied with the scale, so that they compute what they did. Paths that the
+    tree does not have (a bias that a model does without) are passed over.
+
+    Args:
+      params: the tree, with QTensors.
+      pairs: the model's.
+
+    Returns:
+      The tree, in which the readers of all pairs have no channel scale. Other leaves keep theirs.
+
+    Raises:
+      ValueError: readers of one input have different scales, or a source cannot be divided.
+    """
+    leaves = dict(named_leaves(params, is_qtensor))
+    for pair in pairs:
+        leaves |= _folded(pair, leaves)
+    structure = jax.tree.structure(params, is_leaf=is_qtensor)
+    return jax.tree.unflatten(structure, list(leaves.values()))
+
+
+def _folded(pair: FoldPair, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that a pair changes."""
+    readers = {path: leaves[path] for path in pair.readers if path in leaves}
+    scales = {path: q.channel_scale for path, q in readers.items() if is_qtensor(q)}
+    scaled = {path: scale for path, scale in scales.items() if scale is not None}
+    if not scaled:
+        return {}
+    first, scale = next(iter(scaled.items()))
+    for path in scales:
+        if path not in scaled or not jnp.array_equal(scales[path], scale):
+            raise ValueError(
+                f"'{path}' and '{first}' read the same input, but have different channel scales; quantize them by the "
+                "same config, or leave one of them as it is"
+            )
+    found = {path: _without_scale(leaf, scale) for path, leaf in readers.items()}
+    return found | {path: _divided(path, leaves[path], scale) for path in pair.sources if path in leaves}
+
+
+def _without_scale(reader: Any, scale: jax.Array) -> Any:
+    if is_qtensor(reader):
+        return dataclasses.replace(reader, channel_scale=None)
+    wide = compute_dtype(reader.dtype)
+    return (reader.astype(wide) * scale.astype(wide)).astype(reader.dtype)
+
+
+def _divided(path: str, source: Any, scale: jax.Array) -> Any:
+    """A source `[*lead, ..., channels]` divided by scales `[*lead, channels, 1]`."""
+    if isinstance(source, QTensor):
+        if source.spec.granularity == "per_tensor" or len(source.out) != 1:
+            raise ValueError(
+                f"'{path}' has one scale for all of its outputs, so no channel scale can be folded into it; quantize "
+                "it per_channel or per_group"
+            )
+        return dataclasses.replace(source, scale=_divided(path, source.scale, scale))
+    scale = scale[..., 0]
+    scale = scale.reshape(*scale.shape[:-1], *(1,) * (source.ndim - scale.ndim), scale.shape[-1])
+    wide = compute_dtype(source.dtype)
+    return (source.astype(wide) / scale.astype(wide)).astype(source.dtype)

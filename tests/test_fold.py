@@ -1,0 +1,112 @@
+"""Channel scales folded into norms and linear layers: the same function, and files that others read."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_families import TOKENS, VARIANTS, reference, written_by_transformers
+
+import jaxquant as jq
+from jaxquant.models.names import params_from_tensors
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms.tracing.interpreter import named_leaves
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@functools.cache
+def model_of(variant):
+    theirs = reference(variant)
+    model = jq.Model.from_hf(
+        {**written_by_transformers(theirs.config.to_dict()), "architectures": theirs.config.architectures}
+    )
+    tensors = {name: tensor.detach().numpy() for name, tensor in theirs.state_dict().items()}
+    return model, params_from_tensors(model.config, tensors)
+
+
+def scaled(model, params, seed=0):
+    """8-bit weights with random channel scales, one for all weights that read one input."""
+    rng, leaves = np.random.default_rng(seed), dict(named_leaves(params))
+    for pair in model.fold_pairs:
+        lead, (size, _) = leaves[pair.readers[0]].shape[:-2], leaves[pair.readers[0]].shape[-2:]
+        d = jnp.asarray(np.exp(rng.normal(size=(*lead, size, 1))).astype(np.float32))
+        for path in pair.readers:
+            leaves[path] = dataclasses.replace(jq.quantize(leaves[path] * d, jq.int8()), channel_scale=d)
+    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_folding_changes_nothing_but_rounding_errors(variant):
+    model, params = model_of(variant)
+    qparams = scaled(model, params)
+    folded = jq.fold(qparams, model.fold_pairs)
+    quantized = [leaf for leaf in jax.tree.leaves(folded, is_leaf=is_qtensor) if is_qtensor(leaf)]
+    assert len(quantized) == (7 if model.config.num_heads == model.config.num_kv_heads else 6)
+    assert all(q.channel_scale is None for q in quantized)
+    want, found = model.apply(qparams, TOKENS), model.apply(folded, TOKENS)
+    assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
+    wrong = jax.tree.map(
+        lambda q: dataclasses.replace(q, channel_scale=None) if is_qtensor(q) else q, qparams, is_leaf=is_qtensor
+    )
+    assert np.abs(model.apply(wrong, TOKENS) - want).max() > 0.1 * np.abs(want).max()
+
+
+def test_readers_that_are_not_quantized_are_compensated():
+    model, params = model_of("mistral")
+    qparams = scaled(model, params)
+    qparams["layers"]["self_attn"]["k_proj"] = params["layers"]["self_attn"]["k_proj"]
+    folded = jq.fold(qparams, model.fold_pairs)
+    want, found = model.apply(qparams, TOKENS), model.apply(folded, TOKENS)
+    assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
+
+
+def test_what_cannot_be_folded_is_named():
+    model, params = model_of("mistral_window_of_one")
+    attention = scaled(model, params)["layers"]["self_attn"]
+    readers = "layers/self_attn/k_proj/kernel' and 'layers/self_attn/q_proj/kernel' read the same input"
+    for scale in (None, 2 * attention["k_proj"]["kernel"].channel_scale):
+        qparams = scaled(model, params)
+        kernel = qparams["layers"]["self_attn"]["k_proj"]["kernel"]
+        qparams["layers"]["self_attn"]["k_proj"]["kernel"] = dataclasses.replace(kernel, channel_scale=scale)
+        with pytest.raises(ValueError, match=readers):
+            jq.fold(qparams, model.fold_pairs)
+    qparams = scaled(model, params)
+    whole = jq.quantize(params["layers"]["self_attn"]["v_proj"]["kernel"], jq.int8(granularity="per_tensor"))
+    scale = qparams["layers"]["self_attn"]["v_proj"]["kernel"].channel_scale
+    qparams["layers"]["self_attn"]["v_proj"]["kernel"] = dataclasses.replace(whole, channel_scale=scale)
+    with pytest.raises(ValueError, match="v_proj/kernel' has one scale for all of its outputs"):
+        jq.fold(qparams, model.fold_pairs)
+
+
+@pytest.mark.parametrize("variant", ["mistral_window_of_one", "qwen2"])  # with all heads of their own, and without
+@pytest.mark.parametrize("config", [jq.AWQ(jq.int4(group_size=32), grid=3), jq.SmoothQuant(0.5)])
+def test_scaled_weights_are_written_for_other_readers(variant, config, tmp_path):
+    model, params = model_of(variant)
+    stats = jq.calibrate(model.apply, params, [TOKENS])
+    qparams, report = jq.quantize_params(params, stats, model.recipe(config, foldable=True))
+    o_proj = next(row for row in report.layers if "o_proj" in row.path)
+    assert (o_proj.method == "RTN") == (model.config.num_heads != model.config.num_kv_heads)
+    jq.save(tmp_path / "out", model, qparams, format="compressed-tensors")
+    want = model.apply(qparams, TOKENS)
+    ours, read = jq.load_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
+    for found in (ours.apply(read, TOKENS), logits):
+        if config.spec.activations is None:
+            assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
+        else:  # the largest input of each token is a tie, and rounding errors decide to which code it goes
+            assert np.abs(found - want).mean() < 0.05 * np.abs(want).mean()
+
+
+def test_a_scale_without_a_place_is_refused(tmp_path):
+    model, params = model_of("qwen2")
+    stats = jq.calibrate(model.apply, params, [TOKENS])
+    qparams, _ = jq.quantize_params(params, stats, model.recipe(jq.AWQ(jq.int4(group_size=32), grid=3)))
+    with pytest.raises(ValueError, match=r"o_proj.*channel scale that cannot be folded away.*foldable=True"):
+        jq.save(tmp_path / "out", model, qparams, format="compressed-tensors")
+    assert not (tmp_path / "out").exists()
