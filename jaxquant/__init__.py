@@ -6,6 +6,8 @@ from jaxquant.evaluation.metrics import compare as compare
 from jaxquant.evaluation.metrics import perplexity as perplexity
 from jaxquant.methods.awq import AWQ as AWQ
 from jaxquant.methods.chain import Chain as Chain
+from jaxquant.methods.choice import Best as Best
+from jaxquant.methods.choice import MixedPrecision as MixedPrecision
 from jaxquant.methods.gptq import GPTQ as GPTQ
 from jaxquant.methods.llm_int8 import LLMInt8 as LLMInt8
 from jaxquant.methods.rtn import RTN as RTN

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import numpy as np
 from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
-from jaxquant.transforms import memory, sharing
+from jaxquant.transforms import choose, memory, sharing
 from jaxquant.transforms.calibrate import Statistics
+from jaxquant.transforms.choose import Solved
 from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
 from jaxquant.transforms.judge import FALLBACKS, Fallback, solve_one
 from jaxquant.transforms.memory import MemoryEstimate
@@ -64,33 +66,39 @@ def run_jobs(
     jobs: list[Job], params: Any, stats: Statistics | None, progress: Callable[[int, int], None] | None
 ) -> tuple[Any, Report]:
     """Quantizes what was planned. Arguments and result as those of `quantize_params`."""
+    total, done = sum(job.count for job in jobs for _ in choose.candidates(job)), itertools.count(1)
+
+    def tick() -> None:
+        if progress is not None:
+            progress(min(next(done), total), total)
+
+    found = choose.solve(jobs, functools.partial(_solve_with_scales, tick=tick))
     named = dict(named_leaves(params, is_qtensor))
-    jobs = sharing.with_channel_scales(jobs)
-    quantized, layers = _solve_all(jobs, progress)
-    quantized_again, layers_again = _solve_all(sharing.without_lost_scales(jobs, layers), None)
-    quantized, layers = quantized | quantized_again, layers | layers_again
     structure = jax.tree.structure(params, is_leaf=is_qtensor)
-    tree = jax.tree.unflatten(structure, [quantized.get(path, leaf) for path, leaf in named.items()])
-    order = tuple(layer for path in named for layer in layers.get(path, ()))
-    unchanged = tuple(path for path in named if path not in quantized)
-    return tree, Report(order, unchanged, _notes(stats), _nbytes(params), _nbytes(tree))
+    tree = jax.tree.unflatten(structure, [found[path].q if path in found else leaf for path, leaf in named.items()])
+    rows = tuple(row for path in named if path in found for row in found[path].rows)
+    unchanged = tuple(path for path in named if path not in found)
+    return tree, Report(rows, unchanged, _notes(stats), _nbytes(params), _nbytes(tree))
 
 
-def _solve_all(
-    jobs: list[Job], progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, QTensor], dict[str, list[LayerReport]]]:
-    """The QTensor of each job, and the reports on its matrices, by path."""
+def _solve_with_scales(jobs: list[Job], tick: Callable[[], None]) -> dict[str, Solved]:
+    """Solves jobs whose configs are settled; calls `tick` for each matrix."""
+    jobs = sharing.with_channel_scales(jobs)
+    found = _solve_all(jobs, tick)
+    again = sharing.without_lost_scales(jobs, {path: solved.rows for path, solved in found.items()})
+    return found | _solve_all(again, lambda: None)
+
+
+def _solve_all(jobs: list[Job], tick: Callable[[], None]) -> dict[str, Solved]:
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
-    layers: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
-    total, done = sum(job.count for job in jobs), 0
+    rows: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     for spans, size in chunks(jobs):
         for span, q, reports in zip(spans, *_solve(spans, size), strict=True):
             pieces[span.job.path].append(q)
-            layers[span.job.path] += reports
-            done += span.size
-        if progress is not None:
-            progress(done, total)
-    return {job.path: job.assemble(pieces.pop(job.path)) for job in jobs}, layers
+            rows[span.job.path] += reports
+            for _ in reports:
+                tick()
+    return {job.path: Solved(job.assemble(pieces.pop(job.path)), rows[job.path]) for job in jobs}
 
 
 def _notes(stats: Statistics | None) -> dict[str, str]:
@@ -116,7 +124,9 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     ranged: dict[int, InputStatistics] = {}
     jobs = [_job(path, named[path], config, stats, ranged) for path, config in taken.items()]
     for job in jobs:
-        _check(job)
+        _check_statistics(job)
+        for candidate in choose.candidates(job):
+            _check(candidate)
     return jobs
 
 
@@ -157,10 +167,14 @@ def _with_ranges(path: str, inputs: InputStatistics) -> InputStatistics:
     return dataclasses.replace(inputs, absmax=absmax)
 
 
-def _check(job: Job) -> None:
+def _check_statistics(job: Job) -> None:
     if job.inputs is None and needs_statistics(job.config):
         name = name_of(job.config) + (" with static activations" if job.config.spec.static_activations else "")
         raise ValueError(f"'{job.path}': {name} needs calibration statistics; pass jq.calibrate(...) as `stats`")
+
+
+def _check(job: Job) -> None:
+    _check_statistics(job)
     if job.inputs is not None and job.inputs.gram.shape != (*job.lead, job.shape[0], job.shape[0]):
         raise ValueError(
             f"'{job.path}': its statistics are for {job.inputs.gram.shape[-1]} inputs, the weight has {job.shape[0]}; "
@@ -179,6 +193,7 @@ def _check(job: Job) -> None:
 
 def needed_memory(jobs: list[Job]) -> MemoryEstimate:
     """What `quantize_params` allocates for some jobs; compiles the methods."""
+    jobs = [candidate for job in jobs for candidate in choose.candidates(job)]
     results, chunk, seen = dict.fromkeys(jobs, 0), 0, set()
     for spans, size in chunks(jobs):
         job = spans[0].job
