@@ -136,12 +136,12 @@ def _demo(args) -> None:
     )
     table = Table(caption=caption, box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("method", "bits", "MB", "bits/w", "perplexity", "loss increase", "KL", "top-1", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for row in result.rows:
         numbers = (f"{row.size / 1e6:.2f}", f"{row.bits_per_weight:.3f}", f"{row.perplexity:.3f}")
         increase = f"{row.loss_increase:+.4f} ±{row.loss_stderr:.4f}"
         rest = (f"{row.kl:.4f}", f"{row.top1_agreement:.1%}", f"{row.seconds:.1f}")
-        table.add_row(row.method, str(row.bits), *numbers, increase, *rest)
+        table.add_row(row.method, f"W{row.bits}A{row.activation_bits}", *numbers, increase, *rest)
     Console().print(table)
     print("written:", *files)
 

@@ -13,8 +13,11 @@ from matplotlib.figure import Figure
 
 from jaxquant import pretrained, workflows
 from jaxquant.evaluation.metrics import compare
+from jaxquant.methods.awq import AWQ
 from jaxquant.methods.gptq import GPTQ
+from jaxquant.methods.llm_int8 import LLMInt8
 from jaxquant.methods.rtn import RTN
+from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.calibrate import calibrate
@@ -22,10 +25,17 @@ from jaxquant.transforms.quantize import quantize_params
 
 WIDTHS = (8, 4, 3, 2)
 GROUP_SIZE = 128
-METHODS = {"RTN": RTN, "GPTQ": GPTQ}
+WEIGHTS: dict[str, Any] = {"RTN": RTN, "AWQ": AWQ, "GPTQ": GPTQ}  # at every width; AWQ where rounding loses something
+INPUTS_TOO = {"SmoothQuant": SmoothQuant(), "LLM.int8()": LLMInt8()}  # at 8 bits, inputs as well as weights
+LINES = {
+    "RTN": ("o", "#d62728"),
+    "AWQ": ("^", "#ff7f0e"),
+    "GPTQ": ("s", "#1f77b4"),
+    "SmoothQuant": ("D", "#2ca02c"),
+    "LLM.int8()": ("*", "#9467bd"),
+}
 CALIBRATION = (128, 256)  # samples, tokens in each
 EVALUATION = (16, 256)  # windows, tokens in each
-STEPS = len(METHODS) * len(WIDTHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Row:
 
     Attributes:
       method, bits: how its linear layers were quantized.
+      activation_bits: of the inputs of those layers; 16 stands for floating point.
       size: bytes of all its parameters, as memory holds them.
       relative_size: of the quantized weights alone, to the same weights in 16 bits.
       bits_per_weight: of the quantized weights, with scales.
@@ -45,6 +56,7 @@ class Row:
 
     method: str
     bits: int
+    activation_bits: int
     size: int
     relative_size: float
     bits_per_weight: float
@@ -84,29 +96,36 @@ def run(progress: workflows.Progress = workflows.silent) -> Demo:
     calibration_seconds = time.perf_counter() - start
     rows: list[Row] = []
     float_perplexity = 0.0
-    for bits in WIDTHS:
-        for name, method in METHODS.items():
-            progress("quantizing and evaluating", len(rows), STEPS)
-            config = method(QuantSpec(bits=bits, group_size=GROUP_SIZE))
-            start = time.perf_counter()
-            quantized, _ = quantize_params(params, stats, model.recipe(config))
-            jax.block_until_ready(quantized)
-            seconds = time.perf_counter() - start
-            result = compare(model.apply, quantized, params, tokens, context=EVALUATION[1])
-            float_perplexity = result.baseline_perplexity
-            rows.append(_row(name, bits, quantized, result, seconds))
-    progress("quantizing and evaluating", STEPS, STEPS)
+    configs = _configs()
+    for name, config in configs:
+        progress("quantizing and evaluating", len(rows), len(configs))
+        start = time.perf_counter()
+        quantized, _ = quantize_params(params, stats, model.recipe(config))
+        jax.block_until_ready(quantized)
+        seconds = time.perf_counter() - start
+        result = compare(model.apply, quantized, params, tokens, context=EVALUATION[1])
+        float_perplexity = result.baseline_perplexity
+        rows.append(_row(name, config.spec, quantized, result, seconds))
+    progress("quantizing and evaluating", len(configs), len(configs))
     size, device = _nbytes(params), jax.devices()[0].device_kind
     return Demo(size, float_perplexity, samples.size, calibration_seconds, tokens.size, GROUP_SIZE, jax.__version__,
                 device, tuple(rows))  # fmt: skip
 
 
-def _row(method: str, bits: int, params: Any, result, seconds: float) -> Row:
+def _configs() -> list[tuple[str, Any]]:
+    """Every method at every width it is meant for."""
+    specs = [QuantSpec(bits=bits, group_size=GROUP_SIZE) for bits in WIDTHS]
+    rows = [(name, m(spec)) for spec in specs for name, m in WEIGHTS.items() if name != "AWQ" or spec.bits < 8]
+    return rows + list(INPUTS_TOO.items())
+
+
+def _row(method: str, spec: QuantSpec, params: Any, result, seconds: float) -> Row:
     weights = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
     stored = 8 * sum(q.nbytes for q in weights) / sum(q.size for q in weights)
     return Row(
         method=method,
-        bits=bits,
+        bits=spec.bits,
+        activation_bits=16 if spec.activations is None else spec.activations.bits,
         size=_nbytes(params),
         relative_size=stored / 16,
         bits_per_weight=stored,
@@ -141,7 +160,7 @@ def _size_plot(demo: Demo) -> Figure:
     """Relative size against precision."""
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    rows = [row for row in demo.rows if row.method == "GPTQ"]
+    rows = [row for row in demo.rows if row.method == "GPTQ"]  # those of RTN are as large
     labels = ["16 (float)", *(str(row.bits) for row in rows)]
     sizes = [1.0, *(row.relative_size for row in rows)]
     bars = axes.bar(labels, sizes, color=["#9aa0a6"] + ["#1f77b4"] * len(rows), width=0.6)
@@ -156,10 +175,11 @@ def _perplexity_plot(demo: Demo) -> Figure:
     """Perplexity against bits per weight, one line per method."""
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for (method, marker), color in zip({"RTN": "o", "GPTQ": "s"}.items(), ("#d62728", "#1f77b4"), strict=True):
+    for method, (marker, color) in LINES.items():
         rows = sorted((row for row in demo.rows if row.method == method), key=lambda row: row.bits_per_weight)
         x, y = [row.bits_per_weight for row in rows], [row.perplexity for row in rows]
-        axes.plot(x, y, marker=marker, color=color, label=method)
+        label = method + (" (8-bit inputs)" if rows and rows[0].activation_bits == 8 else "")
+        axes.plot(x, y, marker=marker, color=color, label=label)
     axes.axhline(demo.float_perplexity, color="#5f6368", linestyle="--", linewidth=1, label="float")
     axes.set(xlabel="bits per weight, scales included", ylabel="perplexity (log scale)", yscale="log")
     ticks = np.geomspace(*axes.get_ylim(), 6)

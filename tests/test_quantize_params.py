@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from functions import CASES, E
+from PIL import Image
 
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
@@ -19,6 +20,7 @@ from jaxquant.transforms import jobs
 from jaxquant.transforms import quantize as module
 from jaxquant.transforms.calibrate import ProductStatistics, Statistics, calibrate
 from jaxquant.transforms.quantize import quantize_params
+from jaxquant.transforms.report import LayerReport, Report
 
 K, N, LAYERS = 32, 24, 3
 
@@ -328,3 +330,18 @@ def test_without_statistics_a_bare_config_passes_over_what_is_named_otherwise():
     params = {name: normal(i, 3, 32) for i, name in enumerate(names)}
     _, report = quantize_params(params, None, RTN(int8()))
     assert {layer.path for layer in report.layers} == {"mlp/kernel", "up"}
+
+
+def test_the_report_is_drawn(tmp_path):
+    rows = [
+        LayerReport(path, (i,), (8, 8), "GPTQ", 4, None, True, "none", 10, 0, 0.1, error, None, {}, 0.0)
+        for path in ("layers/a/kernel", "layers/b/kernel")
+        for i, error in enumerate((0.1, 0.001, None))
+    ]
+    Report(tuple(rows), (), {}, 0, 0).heat_map(tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for color in ((253, 231, 36), (68, 1, 84)):  # the ends of the scale
+        assert (np.abs(pixels.astype(int) - color).max(1) < 3).sum() > 1000
+    with pytest.raises(ValueError, match="no matrix of this report has an error to draw"):
+        Report((), (), {}, 0, 0).heat_map(tmp_path / "none.png")

@@ -1,9 +1,12 @@
 """What `quantize_params` did to each weight, for people and for machines."""
 
 import dataclasses
+import itertools
 import json
+import os
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -79,6 +82,36 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def heat_map(self, file: str | os.PathLike) -> None:
+        """Draws the output error of every matrix into a PNG file, layers from left to right and weights downwards.
+
+        Matrices without an error, because there were no held-out tokens, stay blank.
+
+        Raises:
+          ValueError: no matrix has one.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: nothing global
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+
+        paths = list(dict.fromkeys(layer.path for layer in self.layers))
+        places = {path: itertools.count() for path in paths}
+        cells = [(paths.index(layer.path), next(places[layer.path]), layer.error) for layer in self.layers]
+        errors = np.full((len(paths), max((column for _, column, _ in cells), default=0) + 1), np.nan)
+        for row, column, error in cells:
+            errors[row, column] = error or np.nan
+        if not np.isfinite(errors).any():
+            raise ValueError("no matrix of this report has an error to draw; quantize with calibration statistics")
+        size = (3 + 0.45 * errors.shape[1], 1.2 + 0.35 * len(paths))
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(errors, norm=LogNorm(), cmap="viridis", aspect="auto")
+        axes.set_yticks(range(len(paths)), [path.removesuffix("/kernel") for path in paths])
+        axes.set_xticks(range(errors.shape[1]))
+        axes.set(xlabel="layer", title="relative output error on held-out tokens")
+        figure.colorbar(image)
+        FigureCanvasAgg(figure).print_png(os.fspath(file))
 
     def table(self) -> Table:
         """The report as a rich table, one row per matrix."""
