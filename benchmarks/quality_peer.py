@@ -1,21 +1,25 @@
-"""Loss increase of the packaged model under GPTQ, ours and llm-compressor's, as transformers computes it.
+"""Loss increase of the packaged model under GPTQ and AWQ, ours and llm-compressor's, as transformers computes it.
 
     python benchmarks/quality_peer.py --peer PYTHON [--out benchmarks/results/quality_peer.json]
 
 PYTHON is the interpreter of an environment with llm-compressor; this one needs torch and compressed-tensors. Both tools
-quantize the packaged model on the same calibration tokens, each with and without act-order and once more with scales
-that clip (both call it `mse`), and write compressed-tensors; transformers evaluates every checkpoint in float32 on the
-same held-out windows. llm-compressor quantizes a layer on what the quantized layers before it give (`oneshot` is
-sequential), jaxquant on one pass of the float model. Numbers are nats per token with the standard error of the paired
-difference over windows; the last column is the best of jaxquant minus the best of llm-compressor.
+quantize the packaged model on the same calibration tokens and write compressed-tensors; transformers evaluates every
+checkpoint in float32 on the same held-out windows. GPTQ runs with and without act-order and with scales that clip by
+the squared error of the weights (`mse`); only jaxquant has more: scales that clip by the error that the diagonal of the
+Gram matrix gives, refinement, and GPTQ of AWQ's scales. llm-compressor quantizes a layer on what the quantized layers
+before it give (`oneshot` is sequential), jaxquant on one pass of the float model. Numbers are nats per token with the
+standard error of the paired difference over windows; the last rows compare the best of jaxquant with the best of
+llm-compressor.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import environment
 import numpy as np
@@ -27,26 +31,40 @@ import jaxquant as jq
 from jaxquant import workflows
 from jaxquant.models import TINYLM
 
-SPECS = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W3 per channel": (3, None)}
-OURS = {"act-order": {}, "in order": {"act_order": False}, "act-order, mse": {"mse": True}}
-THEIRS = {
-    "act-order": {},
-    "in order": {"act_order": False},
-    "act-order, mse": {"observer": "memoryless_mse"},
+SPECS = {
+    "W4 g128": jq.int4(group_size=128),
+    "W3 g128": jq.int3(group_size=128),
+    "W3 per channel": jq.int3(),
+    "W2 g64 asymmetric": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
 }
-SAMPLES, WINDOWS, LENGTH = 128, 64, 512
+REFINED = {"clip": "diagonal", "refine": 6}
+OURS = {
+    "RTN": jq.RTN,
+    "AWQ": jq.AWQ,
+    "GPTQ act-order": jq.GPTQ,
+    "GPTQ in order": functools.partial(jq.GPTQ, act_order=False),
+    "GPTQ act-order, mse": functools.partial(jq.GPTQ, clip="mse"),
+    "GPTQ refined": functools.partial(jq.GPTQ, **REFINED),
+    "AWQ + GPTQ refined": lambda spec: jq.Chain(jq.AWQ(spec), jq.GPTQ(spec, **REFINED)),
+}
+THEIRS = {
+    "AWQ": {"method": "awq"},
+    "GPTQ act-order": {},
+    "GPTQ in order": {"act_order": False},
+    "GPTQ act-order, mse": {"observer": "memoryless_mse"},
+}
+SAMPLES, WINDOWS, LENGTH = 128, 256, 512
 
 
-def ours(tokens: Path, out: Path, bits: int, group_size: int | None, **options) -> None:
-    config = jq.GPTQ(jq.QuantSpec(bits=bits, group_size=group_size), **options)
+def ours(tokens: Path, out: Path, config: Any) -> None:
     sizes = {"num_samples": SAMPLES, "seq_len": LENGTH}
     workflows.quantize_checkpoint("tinylm", out, config, calibration=tokens, format="compressed-tensors", **sizes)
 
 
-def theirs(peer: str, tokens: Path, out: Path, bits: int, group_size: int | None, **options) -> None:
+def theirs(peer: str, tokens: Path, out: Path, spec: jq.QuantSpec, **options) -> None:
     script = Path(__file__).parent / "peers" / "llmcompressor_oneshot.py"
-    settings = json.dumps({"bits": bits, "group_size": group_size, **options})
-    subprocess.run([peer, script, TINYLM, tokens, out, settings], check=True, capture_output=True)
+    fields = {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    subprocess.run([peer, script, TINYLM, tokens, out, json.dumps(fields | options)], check=True, capture_output=True)
 
 
 def losses(directory: Path, windows: torch.Tensor) -> np.ndarray:
@@ -82,12 +100,12 @@ def measure(peer: str) -> dict:
         floats = losses(TINYLM, windows)
         for name, spec in SPECS.items():
             made = {}
-            for options, chosen in OURS.items():
-                made[f"jaxquant, {options}"] = out = Path(folder) / f"{name} ours {options}"
-                ours(tokens, out, *spec, **chosen)
-            for options, chosen in THEIRS.items():
-                made[f"llm-compressor, {options}"] = out = Path(folder) / f"{name} theirs {options}"
-                theirs(peer, tokens, out, *spec, **chosen)
+            for what, method in OURS.items():
+                made[f"jaxquant, {what}"] = out = Path(folder) / f"{name} ours {what}"
+                ours(tokens, out, method(spec))
+            for what, options in THEIRS.items():
+                made[f"llm-compressor, {what}"] = out = Path(folder) / f"{name} theirs {what}"
+                theirs(peer, tokens, out, spec, **options)
             found[name] = {what: losses(out, windows) - floats for what, out in made.items()}
             for what, increase in found[name].items():
                 print(f"{name:<16}{what:<32}{shown(increase)}", flush=True)
@@ -97,11 +115,14 @@ def measure(peer: str) -> dict:
 def table(measured: dict) -> str:
     found = measured["increases"]
     columns = list(next(iter(found.values())))
-    lines = ["| | " + " | ".join(columns) + " | best − best |", "|---" * (len(columns) + 2) + "|"]
-    for name, row in found.items():
-        cells = [shown(row[c]) for c in columns]
-        best = [min((row[c] for c in columns if tool in c), key=np.mean) for tool in ("jaxquant", "llm-compressor")]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {shown(best[0] - best[1], '+')} |")
+    lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    lines += [f"| {c} | " + " | ".join(shown(row[c]) for row in found.values()) + " |" for c in columns]
+    best = [
+        [min((row[c] for c in columns if tool in c), key=np.mean) for tool in ("jaxquant", "llm-compressor")]
+        for row in found.values()
+    ]
+    lines.append("| best − best | " + " | ".join(shown(a - b, "+") for a, b in best) + " |")
+    lines.append("| best ÷ best | " + " | ".join(f"{a.mean() / b.mean():.2f}" for a, b in best) + " |")
     note = f"{measured['calibration_tokens']:,} calibration tokens, {WINDOWS * (LENGTH - 1):,} scored held-out tokens"
     return f"{note}; float loss {measured['float']:.4f}\n\n" + "\n".join(lines)
 

@@ -14,19 +14,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-SETTINGS = {"bits": 4, "group_size": 128, "act_order": True, "observer": "memoryless_minmax"}
+SETTINGS = {"bits": 4, "group_size": 128, "symmetric": True, "method": "gptq"}
+SETTINGS |= {"act_order": True, "observer": "memoryless_minmax"}
 
 
-def gptq(bits: int, group_size: int | None, act_order: bool, observer: str) -> GPTQModifier:
-    weights = {"num_bits": bits, "symmetric": True, "strategy": "group" if group_size else "channel"}
+def modifiers(bits, group_size, symmetric, method: str, act_order: bool, observer: str):
+    weights = {"num_bits": bits, "symmetric": symmetric, "strategy": "group" if group_size else "channel"}
     weights |= {"group_size": group_size, "observer": observer}
     groups = {"linears": {"targets": ["Linear"], "weights": weights}}
+    if method == "awq":
+        torch.Tensor.pin_memory = lambda tensor, *args: tensor  # without a GPU there is nothing to pin for
+        return AWQModifier(config_groups=groups, ignore=["lm_head"])
     # Not within the weights' own settings: there, None would mean the modifier's default, which is act-order.
-    return GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static" if act_order else None)
+    return [GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static" if act_order else None)]
 
 
 def main(model: str, tokens: str, out: str, settings: str = "{}") -> None:
@@ -38,7 +43,7 @@ def main(model: str, tokens: str, out: str, settings: str = "{}") -> None:
     oneshot(
         model=network,
         dataset=DataLoader(rows),
-        recipe=[gptq(**SETTINGS | json.loads(settings))],
+        recipe=modifiers(**SETTINGS | json.loads(settings)),
         num_calibration_samples=len(samples),
         max_seq_length=samples.shape[1],
     )
