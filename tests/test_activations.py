@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from samples import correlated, weights
+from samples import correlated, statistics_of, weights
 
 import jaxquant as jq
 from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
+from jaxquant.numerics.activations import static_scale
 from jaxquant.numerics.affine import dequantize
 
 K, N = 48, 20
@@ -150,6 +151,22 @@ def test_static_scales_come_from_calibration():
     assert np.linalg.norm(found - hidden) < 1e-3 * np.linalg.norm(hidden)
 
 
+@pytest.mark.parametrize("kind", ["absmax", "percentile", "mse"])
+def test_static_ranges_cover_what_they_say(kind):
+    """One large input in a sample of 128 rows, all of which are held out and kept."""
+    x = weights(128, K)
+    x[5, 7] = 8 * np.abs(x).max()
+    stats, spec = statistics_of(x), jq.int8(activations=jq.ActivationSpec(static=True, range=kind, bits=4))
+    scale = float(static_scale(stats.absmax, stats.held_out, spec, jnp.float32)[0, 0])
+    reaches = np.abs(x).max() * (1 - np.arange(50) / 50)
+    errors = [np.sum((rounded(x.astype(np.float64), spec.activations, np.float64(r / 7.5)) - x) ** 2) for r in reaches]
+    want = {"absmax": np.abs(x).max(), "percentile": np.quantile(np.abs(x), 0.999), "mse": reaches[np.argmin(errors)]}
+    assert scale == pytest.approx(want[kind] / 7.5, rel=1e-4)
+    assert max(want["percentile"], want["mse"]) < 0.5 * want["absmax"]
+    nothing = static_scale(stats.absmax, jnp.zeros_like(stats.held_out), spec, jnp.float32)
+    assert float(nothing[0, 0]) == pytest.approx(want["absmax"] / 7.5, rel=1e-6)
+
+
 def test_an_expert_without_tokens_has_the_range_of_the_others():
     def experts(params, x):
         return jax.lax.ragged_dot(x, params["w"], jnp.asarray([20, 0, 44]))
@@ -212,6 +229,8 @@ def test_dynamic_ranges_need_no_statistics_and_static_ones_do():
         ({"static": True, "granularity": "per_token"}, "a static range is per_tensor and symmetric"),
         ({"static": True, "symmetric": False}, "a static range is per_tensor and symmetric"),
         ({"static": 1}, "static=1 must be True or False"),
+        ({"static": True, "range": "max"}, "range='max' is not one of absmax, percentile, mse"),
+        ({"range": "mse"}, "range='mse' is for static ranges"),
     ],
 )
 def test_bad_activation_specs_are_refused(fields, message):

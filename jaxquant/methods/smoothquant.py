@@ -87,5 +87,6 @@ def _scale(w: jax.Array, stats: InputStatistics, alpha: jax.Array) -> jax.Array:
 
 def _error(w: jax.Array, stats: InputStatistics, scale: jax.Array, config: SmoothQuant) -> jax.Array:
     q, _ = quantize_with_scale(config, w, stats, scale)
-    q = dataclasses.replace(q, input_scale=static_scale(divided(stats, scale).absmax, q.spec, q.scale.dtype))
+    inputs = divided(stats, scale)
+    q = dataclasses.replace(q, input_scale=static_scale(inputs.absmax, inputs.held_out, q.spec, q.scale.dtype))
     return output_error(w, q, stats.held_out)

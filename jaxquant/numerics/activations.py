@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.affine import choose_qparams, encode, fake_quantize
+from jaxquant.numerics.affine import choose_qparams, decode, encode, fake_quantize
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, compute_dtype
+
+PERCENTILE = 99.9  # of the inputs that a range of that kind covers
+SHRINKS = 50  # ranges that are tried for the smallest error
 
 
 def divide_channels(x: jax.Array, channel_scale: jax.Array | None) -> jax.Array:
@@ -79,9 +82,39 @@ def _contract(activations: ActivationSpec) -> tuple[int, ...]:
     return (-1,) if activations.granularity == "per_token" else (-2, -1)
 
 
-def static_scale(absmax: jax.Array, spec: QuantSpec, dtype) -> jax.Array | None:
-    """The scale `[1, 1]` of inputs whose channels reach as far as `absmax` `[K]`; None unless ranges are static."""
-    if spec.activations is None or not spec.activations.static:
+def static_scale(absmax: jax.Array, rows: jax.Array, spec: QuantSpec, dtype) -> jax.Array | None:
+    """The static scale of a product's inputs.
+
+    Args:
+      absmax: how far each channel reaches, `[K]`.
+      rows: a sample of the inputs, `[T, K]`; rows of zeros are not counted.
+      spec: that of the weight; its activations say how the range is chosen.
+      dtype: of the result.
+
+    Returns:
+      `[1, 1]`; None unless ranges are static.
+    """
+    activations = spec.activations
+    if activations is None or not activations.static:
         return None
-    codes = dataclasses.replace(spec.activations.spec, scale_dtype=jnp.dtype(dtype).name)
-    return choose_qparams(absmax[:, None], codes)[0]
+    codes = dataclasses.replace(activations.spec, scale_dtype=jnp.dtype(dtype).name)
+    reach, real = jnp.max(absmax), jnp.any(rows != 0, -1, keepdims=True)
+    if activations.range == "percentile":
+        found = jnp.nanquantile(jnp.where(real, jnp.abs(rows), jnp.nan), PERCENTILE / 100)
+    elif activations.range == "mse":
+        found = _closest(reach, rows, codes)
+    else:
+        found = reach
+    reach = jnp.where(jnp.any(real), jnp.minimum(found, reach), reach)
+    return choose_qparams(reach[None, None], codes)[0]
+
+
+def _closest(reach: jax.Array, rows: jax.Array, codes: QuantSpec) -> jax.Array:
+    """The range, of those that are a share of `reach`, with the smallest squared error of the rounded rows."""
+
+    def error(share):
+        scale, _ = choose_qparams((share * reach)[None, None], codes)
+        return jnp.sum(jnp.square(decode(encode(rows, scale, None, codes), scale, None, rows.dtype) - rows))
+
+    shares = 1 - jnp.arange(SHRINKS, dtype=rows.dtype) / SHRINKS
+    return shares[jnp.argmin(lax.map(error, shares))] * reach

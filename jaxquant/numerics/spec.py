@@ -21,6 +21,8 @@ class ActivationSpec:
       static: the scale comes from calibration and is kept with the weight; otherwise from the input itself, as one
         product on one device sees it: inside `shard_map`, from a device's part of a row, and per_tensor inside `vmap`,
         from the whole batch.
+      range: what a static range covers: the largest calibration input (`absmax`), all but the largest 0.1 % of a sample
+        (`percentile`), or what makes the squared error of that sample smallest (`mse`).
       outlier_threshold: input channels that reach it in any row stay in floating point (LLM.int8()); None rounds all.
         Only for dynamic per_token ranges.
 
@@ -32,6 +34,7 @@ class ActivationSpec:
     symmetric: bool = True
     granularity: Literal["per_token", "per_tensor"] | None = None
     static: bool = False
+    range: Literal["absmax", "percentile", "mse"] = "absmax"
     outlier_threshold: float | None = None
 
     def __post_init__(self):
@@ -45,6 +48,10 @@ class ActivationSpec:
                 f"static activations with granularity={granularity!r}, symmetric={self.symmetric}: a static range is "
                 "per_tensor and symmetric; leave out static=True for a dynamic one"
             )
+        if self.range not in ("absmax", "percentile", "mse"):
+            raise ValueError(f"range={self.range!r} is not one of absmax, percentile, mse")
+        if self.range != "absmax" and not self.static:
+            raise ValueError(f"range={self.range!r} is for static ranges; a dynamic one is that of the input itself")
         if self.outlier_threshold is not None:
             if not 0 < self.outlier_threshold < math.inf:
                 raise ValueError(f"threshold={self.outlier_threshold!r} of outliers must be positive; try 6.0")

@@ -14,7 +14,7 @@ from jaxquant.numerics.channel_scale import quantize_with_scale
 from jaxquant.numerics.output_error import energy, output_error, product
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec
-from jaxquant.numerics.statistics import InputStatistics
+from jaxquant.numerics.statistics import InputStatistics, divided
 
 
 class Fallback(enum.IntEnum):
@@ -61,7 +61,7 @@ def solve_one(
     nearest, _ = RTN(_without_outliers(config.spec)).quantize(w, None)
     if q.channel_scale is not None:
         nearest = dataclasses.replace(nearest, channel_scale=jnp.ones_like(q.channel_scale))
-    q, nearest = (_with_input_scale(a, inputs.absmax) for a in (q, nearest))
+    q, nearest = (_with_input_scale(a, inputs) for a in (q, nearest))
     x = inputs.held_out
     scale = energy(product(x, w))
     errors = [_error(w, a, x) for a in (q, nearest)]
@@ -93,7 +93,8 @@ def _without_outliers(spec: QuantSpec) -> QuantSpec:
     return dataclasses.replace(spec, activations=dataclasses.replace(spec.activations, outlier_threshold=None))
 
 
-def _with_input_scale(q: QTensor, absmax: jax.Array) -> QTensor:
-    """The QTensor with the static scale of inputs whose channels reach as far as `absmax` `[K]`, if it has one."""
-    reach = absmax if q.channel_scale is None else absmax / q.channel_scale[:, 0].astype(absmax.dtype)
-    return dataclasses.replace(q, input_scale=static_scale(reach, q.spec, q.scale.dtype))
+def _with_input_scale(q: QTensor, inputs: InputStatistics) -> QTensor:
+    """The QTensor with the static scale of its inputs, if it has one."""
+    if q.channel_scale is not None:
+        inputs = divided(inputs, q.channel_scale[:, 0])
+    return dataclasses.replace(q, input_scale=static_scale(inputs.absmax, inputs.held_out, q.spec, q.scale.dtype))
