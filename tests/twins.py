@@ -11,7 +11,7 @@ def outlier_twin(params):
     """The same function: a few channels of each norm in the layers are 30 to 60 times as large, and the rows of the
     linear layers that read them are as much smaller."""
     rng = np.random.default_rng(0)
-    layers = jax.tree.map(lambda a: a, params["layers"])  # new dicts
+    layers = jax.tree.map(lambda a: a.astype(jnp.float32), params["layers"])
     count, hidden = layers["input_layernorm"]["scale"].shape
     for norm, module, names in (
         ("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj")),
