@@ -3,17 +3,25 @@
     python benchmarks/quality.py [--out benchmarks/results/quality.json]
 
 Each number is the increase of the mean negative log-likelihood over the float model in nats per token, with the
-standard error of the paired difference. All methods read one calibration pass.
+standard error of the paired difference. All methods read one calibration pass. A second table is of 8-bit weights and
+inputs, for the packaged model and for its outlier twin: an equivalent model in which a few channels of the inputs are
+30 to 60 times as large.
 """
 
 import argparse
+import functools
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import environment
 
 import jaxquant as jq
 from jaxquant import workflows
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from twins import outlier_twin
 
 SPECS = {
     "W8 per channel": jq.int8(),
@@ -24,13 +32,34 @@ SPECS = {
     "W3 per channel": jq.int3(),
     "W2 g64 asymmetric": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
 }
+REFINED = {"clip": "diagonal", "refine": 6}
 METHODS = {
     "RTN": jq.RTN,
-    "GPTQ": lambda spec: jq.GPTQ(spec, act_order=False),
-    "GPTQ act-order": jq.GPTQ,
+    "AWQ": jq.AWQ,
+    "GPTQ in order": functools.partial(jq.GPTQ, act_order=False),
+    "GPTQ": jq.GPTQ,
+    "GPTQ refined": functools.partial(jq.GPTQ, **REFINED),
+    "AWQ + GPTQ refined": lambda spec: jq.Chain(jq.AWQ(spec), jq.GPTQ(spec, **REFINED)),
+}
+DYNAMIC, STATIC = (jq.int8(activations=jq.ActivationSpec(static=static)) for static in (False, True))
+INPUTS_TOO = {
+    "RTN, dynamic": jq.RTN(DYNAMIC),
+    "RTN, static": jq.RTN(STATIC),
+    "SmoothQuant 0.5, dynamic": jq.SmoothQuant(0.5, DYNAMIC),
+    "SmoothQuant, dynamic": jq.SmoothQuant(None, DYNAMIC),
+    "SmoothQuant, static": jq.SmoothQuant(None, STATIC),
+    "SmoothQuant + GPTQ, dynamic": jq.Chain(jq.SmoothQuant(None, DYNAMIC), jq.GPTQ(DYNAMIC)),
+    "LLM.int8()": jq.LLMInt8(),
 }
 SAMPLES, LENGTH = 128, 512
 WINDOWS, CONTEXT = 64, 512
+
+
+def compared(model, params, stats, config, tokens) -> dict[str, Any]:
+    quantized, report = jq.quantize_params(params, stats, model.recipe(config))
+    found = jq.compare(model.apply, quantized, params, tokens, context=CONTEXT)
+    print(f"{config}: {shown(found.loss_increase)}", flush=True)
+    return {**found._asdict(), "fallbacks": len(report.fallbacks)}
 
 
 def measure() -> dict:
@@ -38,29 +67,40 @@ def measure() -> dict:
     text = workflows.TextSource("tinylm")
     samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH)
     tokens = text.corpus("held_out", WINDOWS * CONTEXT)
-    stats = jq.calibrate(model.apply, params, workflows.batches(samples, workflows.silent))
-    results = {}
-    for name, spec in SPECS.items():
-        results[name] = {}
-        for method, make in METHODS.items():
-            quantized, report = jq.quantize_params(params, stats, model.recipe(make(spec)))
-            found = jq.compare(model.apply, quantized, params, tokens, context=CONTEXT)
-            results[name][method] = {**found._asdict(), "fallbacks": len(report.fallbacks)}
-            print(
-                f"{name:<20}{method:<16}{found.loss_increase.mean:+.4f} ± {found.loss_increase.stderr:.4f}", flush=True
-            )
-    return {"calibration_tokens": samples.size, "results": results}
+    models = {"packaged model": params, "outlier twin": outlier_twin(params)}
+    stats = {
+        name: jq.calibrate(model.apply, p, workflows.batches(samples, workflows.silent)) for name, p in models.items()
+    }
+    weights = {
+        name: {
+            method: compared(model, params, stats["packaged model"], make(spec), tokens)
+            for method, make in METHODS.items()
+        }
+        for name, spec in SPECS.items()
+    }
+    inputs = {
+        method: {name: compared(model, p, stats[name], config, tokens) for name, p in models.items()}
+        for method, config in INPUTS_TOO.items()
+    }
+    return {"calibration_tokens": samples.size, "results": weights, "inputs too": inputs}
 
 
-def table(measured: dict) -> str:
-    lines = ["| | " + " | ".join(METHODS) + " | RTN ÷ best GPTQ |", "|---" * (len(METHODS) + 2) + "|"]
+def shown(estimate, digits: int = 4) -> str:
+    return f"{estimate.mean:.{digits}f} ± {estimate.stderr:.{digits}f}"
+
+
+def tables(measured: dict) -> str:
+    lines = ["| | " + " | ".join(METHODS) + " | RTN ÷ best |", "|---" * (len(METHODS) + 2) + "|"]
     for name, row in measured["results"].items():
         increase = {method: found["loss_increase"] for method, found in row.items()}
-        cells = [f"{e.mean:.4f} ± {e.stderr:.4f}" for e in increase.values()]
         best = min(e.mean for method, e in increase.items() if method != "RTN")
         clear = increase["RTN"].mean > 3 * increase["RTN"].stderr  # a ratio of noise would say nothing
         ratio = f"{increase['RTN'].mean / best:.2f}" if clear else "–"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {ratio} |")
+        lines.append(f"| {name} | " + " | ".join(map(shown, increase.values())) + f" | {ratio} |")
+    lines += ["", "| W8A8 | packaged model | outlier twin |", "|---|---|---|"]
+    for method, row in measured["inputs too"].items():
+        cells = [shown(found["loss_increase"], 5) for found in row.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     first = next(iter(next(iter(measured["results"].values())).values()))
     note = f"{measured['calibration_tokens']:,} calibration tokens, {first['tokens']:,} scored held-out tokens"
     return f"{environment.line()}\n\n{note}; float perplexity {first['baseline_perplexity']:.3f}\n\n" + "\n".join(lines)
@@ -71,6 +111,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
     measured = measure()
-    print("\n" + table(measured))
+    print("\n" + tables(measured))
     if options.out:
         options.out.write_text(json.dumps({**environment.describe(), **measured}, indent=1) + "\n")

@@ -70,7 +70,7 @@ def solve_one(
     fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, Fallback.NOT_FINITE)
     fallback = jnp.where(jnp.any(x != 0), fallback, Fallback.NOT_JUDGED)
     fallback = jnp.where(inputs.count > 0, fallback, Fallback.NO_TOKENS)
-    if q.outlier_weight is not None or config == RTN(config.spec):  # no other answer has this form
+    if q.outlier_weight is not None or (isinstance(config, RTN) and config.clip is None):  # there is no other answer
         fallback = jnp.zeros_like(fallback)
     else:
         q = jax.tree.map(lambda a, b: jnp.where(fallback > 0, b, a), q, nearest)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -66,11 +65,13 @@ def run_jobs(
     jobs: list[Job], params: Any, stats: Statistics | None, progress: Callable[[int, int], None] | None
 ) -> tuple[Any, Report]:
     """Quantizes what was planned. Arguments and result as those of `quantize_params`."""
-    total, done = sum(job.count for job in jobs for _ in choose.candidates(job)), itertools.count(1)
+    total, done = sum(job.count for job in jobs for _ in choose.candidates(job)), 0
 
-    def tick() -> None:
+    def tick(matrices: int) -> None:
+        nonlocal done
+        done += matrices
         if progress is not None:
-            progress(min(next(done), total), total)
+            progress(done, total)
 
     found = choose.solve(jobs, functools.partial(_solve_with_scales, tick=tick))
     named = dict(named_leaves(params, is_qtensor))
@@ -81,23 +82,22 @@ def run_jobs(
     return tree, Report(rows, unchanged, _notes(stats), _nbytes(params), _nbytes(tree))
 
 
-def _solve_with_scales(jobs: list[Job], tick: Callable[[], None]) -> dict[str, Solved]:
-    """Solves jobs whose configs are settled; calls `tick` for each matrix."""
+def _solve_with_scales(jobs: list[Job], tick: Callable[[int], None]) -> dict[str, Solved]:
+    """Solves jobs whose configs are settled; calls `tick` with numbers of matrices that are done."""
     jobs = sharing.with_channel_scales(jobs)
     found = _solve_all(jobs, tick)
     again = sharing.without_lost_scales(jobs, {path: solved.rows for path, solved in found.items()})
-    return found | _solve_all(again, lambda: None)
+    return found | _solve_all(again, lambda matrices: None)
 
 
-def _solve_all(jobs: list[Job], tick: Callable[[], None]) -> dict[str, Solved]:
+def _solve_all(jobs: list[Job], tick: Callable[[int], None]) -> dict[str, Solved]:
     pieces: dict[str, list[QTensor]] = {job.path: [] for job in jobs}
     rows: dict[str, list[LayerReport]] = {job.path: [] for job in jobs}
     for spans, size in chunks(jobs):
         for span, q, reports in zip(spans, *_solve(spans, size), strict=True):
             pieces[span.job.path].append(q)
             rows[span.job.path] += reports
-            for _ in reports:
-                tick()
+        tick(sum(span.size for span in spans))
     return {job.path: Solved(job.assemble(pieces.pop(job.path)), rows[job.path]) for job in jobs}
 
 
