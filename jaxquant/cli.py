@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -41,6 +42,9 @@ DATA_HELP = "file of text (.txt, .jsonl with a text field) or token ids (.npy, f
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for bad input (one line says which), 2 for a wrong usage."""
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "×" is no reason to fail after the work
     try:
         args.run(args)
     except (ValueError, OSError) as error:  # what this package raises for bad input; anything else is a defect

@@ -22,7 +22,14 @@ from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.models import TINYLM
 from jaxquant.models.config import FAMILIES, DecoderConfig
 from jaxquant.models.model import Model
-from jaxquant.models.names import check_names, layer_params, outer_params, parameter_shapes, tensors_from_params
+from jaxquant.models.names import (
+    check_dtypes,
+    check_names,
+    layer_params,
+    outer_params,
+    parameter_shapes,
+    tensors_from_params,
+)
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.fold import fold
@@ -117,6 +124,7 @@ def open_pretrained(name: str | os.PathLike) -> Checkpoint:
     else:
         source = _open(directory, storage, model.config)
         check_names(model.config, source)
+        check_dtypes(model.config, source.dtype)
     return Checkpoint(directory, model, source)
 
 
@@ -184,7 +192,7 @@ def _check_format(format: str) -> None:
         raise ValueError(f"format={format!r} is not one of {', '.join(get_args(Format))}")
 
 
-def _open(directory: Path, storage: Any, config: DecoderConfig) -> Mapping[str, Any]:
+def _open(directory: Path, storage: Any, config: DecoderConfig) -> Tensors | CompressedTensors:
     """The tensors of a Hugging Face directory."""
     if storage is None:
         floats = Tensors(directory)

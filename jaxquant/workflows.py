@@ -213,15 +213,18 @@ def evaluate_checkpoint(
     directory = pretrained.find_model(name)
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     context = min(context, model.config.max_position_embeddings)
+    against = None if baseline is None else pretrained.load_pretrained(pretrained.find_model(baseline), dtype="float32")
+    if against is not None:
+        context = min(context, against[0].config.max_position_embeddings)
     tokens = evaluation_tokens(model, TextSource(directory), data, context)
 
     def done(n: int, total: int) -> None:
         progress("evaluating", n, total)
 
-    if baseline is None:
+    if against is None:
         alone = perplexity(model.apply, params, tokens, context=context, progress=done)
         return Evaluation(tokens.size, context, alone, None)
-    other, other_params = pretrained.load_pretrained(pretrained.find_model(baseline), dtype="float32")
+    other, other_params = against
     if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the baseline has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}; "

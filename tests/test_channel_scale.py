@@ -195,6 +195,7 @@ def test_channels_without_input_or_weight_keep_a_scale_of_one():
         (lambda: jq.Chain(jq.GPTQ(INT4)), "two steps or more"),
         (lambda: jq.Chain(jq.GPTQ(INT4), jq.RTN(INT4)), r"GPTQ.* scales no channels"),
         (lambda: jq.Chain(jq.AWQ(INT4), jq.SmoothQuant()), r"SmoothQuant.* cannot be the last step"),
+        (lambda: jq.Chain(jq.SmoothQuant(), jq.LLMInt8()), r"LLMInt8.* cannot be the last step"),
         (lambda: jq.quantize_params(tree(), None, jq.AWQ(INT4)), "AWQ needs calibration statistics"),
         (lambda: jq.AWQ(INT4).quantize(tree()["q"], None), "AWQ needs calibration statistics"),
         (

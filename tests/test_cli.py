@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,20 @@ def test_a_bad_output_is_refused_before_any_work(checkpoint, tmp_path, capsys, m
         workflows.quantize_checkpoint(
             str(checkpoint / "model"), str(tmp_path / "q"), narrow, format="compressed-tensors"
         )
+
+
+def test_names_that_cannot_be_written_are_refused_before_any_work(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxquant.pretrained.open_pretrained", lambda *a, **k: pytest.fail("work was begun"))
+    status, _, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / ("n" * 240)))
+    assert (status, "too long" in error) == (1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_without_all_letters_gets_the_others(checkpoint, tmp_path):
+    arguments = map(str, quantize_arguments(checkpoint, tmp_path / "q", "--method", "rtn"))
+    command = [sys.executable, "-m", "jaxquant", *arguments]
+    result = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, b"written:" in result.stdout) == (0, True), result.stderr
 
 
 def test_rounding_is_measured_where_calibration_is_given(checkpoint, tmp_path, capsys):

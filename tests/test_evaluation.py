@@ -178,11 +178,23 @@ def test_tokens_are_read_from_every_kind_of_file(tmp_path):
     assert read_tokens(tmp_path / "a.jsonl", tokenize).tolist() == [1, 2, 3]
 
 
+def npy(shape, descr="<i8"):
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.npy", b"\x93NUMPY", "no readable .npy"),
         ("a.npy", b"", "no readable .npy"),
+        ("a.npy", b"PK\x03\x04garbage", "no readable .npy"),
+        ("a.npy", npy("((("), "no readable .npy"),
+        ("a.npy", npy(f"({10**23},)"), "no readable .npy"),
+        ("a.npy", npy(f"({10**15},)"), "no readable .npy"),
+        ("a.npy", npy("(0,)", "<m8[s]"), "holds timedelta64"),
+        ("a.jsonl", b"[" * 100000, "line 1: no JSON"),
+        ("a.jsonl", b'{"text": "abc \\ud800 def"}', "line 1: expected an object with text"),
         ("a.txt", b"\xff\xfe\xfa", "no UTF-8"),
         ("a.txt", b"", "holds no tokens"),
         ("a.jsonl", b"{}\n", "line 1: expected an object with text under 'text'"),

@@ -89,6 +89,19 @@ def test_what_is_not_rounded_is_left_to_the_definition():
     assert float(quantized_matmul(jnp.ones((1, 2**18)), wide)[0, 0]) == pytest.approx(2**18, rel=0.02)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_are_not_finite_stay_so(static, bad):
+    """Or a broken model would look like a bad one."""
+    x, q = given(jq.int8(), jq.ActivationSpec(static=static))
+    q = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == np.float64 else a, q)
+    if static:
+        q = dataclasses.replace(q, input_scale=jnp.ones((1, 1), q.scale.dtype))
+    found = quantized_matmul(x.astype(jnp.float32).at[3, 5].set(bad), q)
+    assert np.all(np.isnan(found[3]))
+    assert np.all(np.isfinite(np.delete(found, 3, 0)))
+
+
 def by_the_paper(x, w, codes, scale, kept, threshold=6.0):
     """Equation 8 of arXiv:2208.07339, one token at a time, with float weights for the channels that are kept."""
     outliers = np.abs(x).max(0) >= threshold

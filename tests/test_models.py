@@ -228,6 +228,8 @@ def test_writing_refuses_foreign_parameters():
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             r"settings \['partial_rotary_factor'\]",
         ),
+        ({"rope_theta": 10**400}, r"rope_theta=10+ must be a number above 0"),
+        ({"rms_norm_eps": 10**40}, r"rms_norm_eps=10+ must be a number above 0"),
         ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5}, r"contradicts rope_theta and rope_scaling"),
         ({"num_key_value_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"head_dim": 7}, r"head_dim=7 is odd"),

@@ -13,9 +13,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import jaxquant as jq
+from jaxquant import workflows
 from jaxquant.checkpoints.tensors import same_bits
 from jaxquant.models import TINYLM
 from jaxquant.models.model import Model
+from jaxquant.models.names import tensors_from_params
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.pretrained import check_save
 
@@ -348,3 +350,18 @@ def test_models_of_two_directories_share_one_compiled_function(checkpoints, tmp_
     again, _ = jq.load_pretrained(tmp_path / "out")
     assert again.apply is model.apply
     assert dataclasses.replace(again, hf_config=model.hf_config) == model
+
+
+def test_layers_of_different_dtypes_are_refused(tmp_path):
+    """They are stacked, and one of them would be cast to the dtype of the first without a word."""
+    model = jq.Model.from_hf(json.loads((TINYLM / "config.json").read_text()) | {"num_hidden_layers": 2})
+    tensors = tensors_from_params(model.config, model.init(jax.random.key(0)))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(model.hf_config)
+    message = rf"{name} is float16 and .*layers\.0\.mlp\.up_proj\.weight is float32; layers are stacked"
+    with pytest.raises(ValueError, match=message):
+        jq.load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):  # before any work
+        workflows.quantize_checkpoint(tmp_path, tmp_path / "out", jq.RTN(jq.int4(group_size=128)))

@@ -10,8 +10,10 @@ import pytest
 from functions import CASES, E
 from PIL import Image
 
+from jaxquant.methods.chain import Chain
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
+from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec, int4, int8
@@ -330,6 +332,21 @@ def test_without_statistics_a_bare_config_passes_over_what_is_named_otherwise():
     params = {name: normal(i, 3, 32) for i, name in enumerate(names)}
     _, report = quantize_params(params, None, RTN(int8()))
     assert {layer.path for layer in report.layers} == {"mlp/kernel", "up"}
+
+
+@pytest.mark.parametrize("config", [GPTQ(int4()), Chain(SmoothQuant(0.5), RTN(int4())), RTN(int4(), clip="output")])
+def test_what_is_only_looked_up_has_no_statistics(config):
+    params = {"table": normal(0, 64, 16), "w": normal(1, 16, 16)}
+    stats = calibrate(lambda p, ids: p["table"][ids] @ p["w"], params, [jnp.arange(64)])
+    with pytest.raises(ValueError, match=r"'table' is only looked up, .* leave it out by a rule \('table', None\)"):
+        quantize_params(params, stats, [(".*", config)])
+
+
+def test_without_held_out_tokens_no_error_is_reported():
+    params, x = {"w": normal(0, 16, 16)}, normal(1, 1, 16)
+    for config in (RTN(int4()), GPTQ(int4())):
+        _, report = quantize_params(params, calibrate(lambda p, x: x @ p["w"], params, [x]), config)
+        assert (report.layers[0].error, report.layers[0].rtn_error) == (None, None)
 
 
 def test_the_report_is_drawn(tmp_path):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from functions import normal
+from samples import statistics_of
 
 import jaxquant as jq
 from jaxquant import workflows
+from jaxquant.kernels.matmul import quantized_matmul
 from jaxquant.transforms.calibrate import Calibration, calibrate
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.stream import quantize_blocks, stack_blocks
@@ -127,3 +129,19 @@ def test_checkpoints_get_the_codes_of_the_whole_model(family, tmp_path):
     assert [row.name for row in report.layers] == [row.name for row in expected.layers]
     assert (report.unchanged, report.bytes_before) == (expected.unchanged, expected.bytes_before)
     assert report.bytes_after == expected.bytes_after
+
+
+def test_layers_may_keep_different_numbers_of_outliers():
+    x = jnp.asarray(inputs()[0]).at[:, :10].multiply(20.0)
+    made = []
+    for i, outliers in enumerate((8, 16)):
+        stats = statistics_of(np.asarray(x)[None])
+        q, _ = jax.vmap(jq.LLMInt8(threshold=3.0, outliers=outliers).quantize)(normal(1, K, K, seed=i), stats)
+        made.append(q)
+    empty = jq.Report((), (), {}, 0, 0)
+    stack, _ = stack_blocks([({"w": q}, empty) for q in made])
+    stack["w"].validate()
+    assert stack["w"].outlier_index.shape == (2, 16, 1)
+    np.testing.assert_array_equal(jq.dequantize(stack["w"]), np.concatenate([jq.dequantize(q) for q in made]))
+    each = np.concatenate([quantized_matmul(x[None], q) for q in made])
+    np.testing.assert_allclose(quantized_matmul(jnp.stack([x, x]), stack["w"]), each, rtol=1e-5, atol=1e-4)

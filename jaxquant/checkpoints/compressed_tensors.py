@@ -120,6 +120,10 @@ class CompressedTensors(Mapping[str, Any]):
         contract, out = AXES[self._classes.get(module, "Linear")]
         return dataclasses.replace(q, contract=contract, out=out)
 
+    def dtype(self, name: str) -> str:
+        """NumPy's name for the dtype of a tensor, or of the weight that a QTensor stands for."""
+        return self._tensors.dtype(name if name in self._plain else f"{name.removesuffix('.weight')}.weight_scale")
+
     def __iter__(self) -> Iterator[str]:
         yield from self._plain
         yield from self.specs

@@ -230,7 +230,7 @@ def _is_pattern(target: str, module: str) -> bool:
     _check_pattern(pattern)
     try:
         return re.match(pattern, module) is not None
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"quantization_config: the target {target!r} is no regular expression ({error})") from error
 
 

@@ -63,6 +63,9 @@ def check_new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> 
     with _locked(target.parent, wait=True):
         _recover(target)
         _check_replaceable(target, overwrite)
+        probe = _sibling(target, "partial")  # refused now, not after the work: a name that is too long, a strange place
+        os.mkdir(probe)
+        os.rmdir(probe)
     return target
 
 

@@ -27,8 +27,8 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
     patterns = ["*.safetensors", "*.json", *COMPANIONS]
     try:
         return Path(snapshot_download(os.fspath(name), allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:  # network and access errors are OSErrors; a malformed id is a ValueError
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of whatever library talks to the hub, or of what it makes of a broken answer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{os.fspath(name)!r} is no local directory, and the Hugging Face hub did not deliver it: {reason}"
         ) from error

@@ -233,7 +233,7 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
             check_scale(name, np.asarray(getattr(q, name)))
     if q.outlier_index is not None:
         index, size = np.asarray(q.outlier_index), math.prod(q.in_shape)
-        if index.size and (index.min() < 0 or index.max() >= size):
+        if index.size and (index.min() < 0 or index.max() > size):
             raise ValueError(
                 f"outlier_index reaches from {index.min()} to {index.max()}, but there are {size} channels"
             )

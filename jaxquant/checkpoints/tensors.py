@@ -80,6 +80,10 @@ class Tensors(Mapping[str, np.ndarray]):
         place = self._places[name]
         return place.dtype.name, place.shape
 
+    def dtype(self, name: str) -> str:
+        """NumPy's name for the dtype of a tensor, without reading it."""
+        return self._places[name].dtype.name
+
     def nbytes(self, name: str) -> int:
         """The bytes of a tensor in its file, without reading it."""
         dtype, shape = self.layout(name)

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -38,10 +40,11 @@ def read_tokens(path: str | Path, tokenize: Tokenize, *, field: str = "text") ->
 
 def _read_npy(path, tokenize) -> np.ndarray:
     try:
-        tokens = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            tokens = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OverflowError, MemoryError, BadZipFile, TokenError) as error:
         raise ValueError(f"{path} is no readable .npy file of integers: {error}") from None
-    if not isinstance(tokens, np.ndarray) or not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2):
+    if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
         what = f"{tokens.dtype}{list(tokens.shape)}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
         raise ValueError(f"{path} holds {what}; expected integer token ids, [n] or [samples, time]")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < 2**31:
@@ -63,10 +66,10 @@ def _read_jsonl(path, tokenize, field) -> np.ndarray:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
         text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):  # halves of letters
             raise ValueError(f"{path}, line {number}: expected an object with text under '{field}'")
         tokens += tokenize(text)
     return np.asarray(tokens, np.int32)

@@ -72,7 +72,8 @@ def _matmul(x: jax.Array, q: QTensor, preferred_element_type) -> jax.Array:
         total, _ = add_group(total, jax.tree.map(lambda w: w[0], parts))
     else:
         total, _ = lax.scan(add_group, total, parts)
-    total = total * s.astype(wide)
+    rounded = jnp.all(jnp.isfinite(x), -1, keepdims=True)  # no code stands for NaN or infinity
+    total = jnp.where(rounded, total * s.astype(wide), jnp.nan)
     return total.astype(preferred_element_type or x.dtype).reshape(*total.shape[:-1], *codes.shape[x.ndim - 1 :])
 
 

@@ -29,7 +29,7 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
 
     index = index.reshape(*x.shape[:-2], 1, -1)
     outside = jnp.where(large, x, 0)
-    kept = jnp.take_along_axis(outside, index, -1)
+    kept = jnp.take_along_axis(outside, index, -1, mode="fill", fill_value=0)
     result += _product(kept, rows.astype(x.dtype), preferred_element_type, precision)
 
     listed = jnp.put_along_axis(jnp.zeros(large.shape, bool), index, True, -1, inplace=False)

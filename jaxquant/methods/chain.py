@@ -34,7 +34,7 @@ class Chain:
         for step in first:
             if not hasattr(step, "channel_scale") or isinstance(step, Chain):
                 raise ValueError(f"{step!r} scales no channels, so nothing can follow it; put it last")
-        if not hasattr(last, "quantize") or hasattr(last, "channel_scale"):
+        if not hasattr(last, "quantize") or hasattr(last, "channel_scale") or hasattr(last, "for_inputs"):
             raise ValueError(f"{last!r} cannot be the last step of a Chain; take RTN or GPTQ")
         self.steps = steps
 

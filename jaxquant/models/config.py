@@ -5,7 +5,6 @@ measured, quantized and written without anybody noticing.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +82,7 @@ _MEASURES = {"rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_fr
 _SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"}
 _NULLABLE = {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta"}
 MAX_LAYERS = 10**4
+LARGEST = 1e30  # far beyond any model's, and far from overflow
 _FULL, _SLIDING = "full_attention", "sliding_attention"  # Hugging Face's words in `layer_types`
 
 
@@ -123,7 +123,7 @@ def _check_values(settings: Mapping[str, Any]) -> None:
             least, most = int(key != "max_window_layers"), MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
             right, wanted = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
         elif key in _MEASURES:
-            right, wanted = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
+            right, wanted = type(value) in (int, float) and 0 < value <= LARGEST, f"a number above 0, up to {LARGEST}"
         else:
             right, wanted = key not in _SWITCHES or type(value) is bool, "true or false"
         if not right:

@@ -7,7 +7,7 @@ is that of the kernel it stands for, `[in, out]`. It is stacked leaf by leaf and
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -106,6 +106,18 @@ def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
         raise ValueError(f"{_some(left_over)} in the checkpoint but not in {_described(config)}")
 
 
+def check_dtypes(config: DecoderConfig, dtype_of: Callable[[str], str]) -> None:
+    """Raises ValueError for tensors of one kind whose dtype is not the same in all layers, which are stacked."""
+    for entry in _entries(config):
+        first, *others = _names(config, entry)
+        for name in others:
+            if dtype_of(name) != dtype_of(first):
+                raise ValueError(
+                    f"tensor {name} is {dtype_of(name)} and {first} is {dtype_of(first)}; layers are stacked, so cast "
+                    "them to one dtype"
+                )
+
+
 def _described(config: DecoderConfig) -> str:
     tied = "tied" if config.tie_embeddings else "untied"
     return f"a {config.architecture} with {config.num_layers} layers and {tied} embeddings"
@@ -136,7 +148,7 @@ def _checked(entry: TensorName, shape: tuple[int, ...], named: Iterable[tuple[st
 
 def _stack(leaves: Iterator[Any], count: int):
     """Stacks pytrees of arrays, filling the result one at a time."""
-    first = next(leaves)
+    first = next(leaves)  # (all have one dtype: see `check_dtypes`)
     stacked = jax.tree.map(lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), first)
 
     def fill(index, leaf):

@@ -47,7 +47,7 @@ class QTensor:
         weight was multiplied with before it was rounded. A product divides its input by it, before that is rounded.
         None is 1.
       outlier_index: int32 `[*lead, k, 1, ...]` with as many axes as `scale`, input channels of which float rows are
-        kept; None unless `spec.activations` has an outlier threshold.
+        kept, K where there is none; None unless `spec.activations` has an outlier threshold.
       outlier_weight: those rows, `[*lead, k, *out]`, in the dtype of the weight.
 
     These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations

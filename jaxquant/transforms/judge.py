@@ -65,10 +65,12 @@ def solve_one(
     x = inputs.held_out
     scale = energy(product(x, w))
     errors = [_error(w, a, x) for a in (q, nearest)]
-    error, rtn_error = (jnp.where(e > 0, e / scale, e) for e in errors)  # a weight of zeros has none
+    judged = jnp.any(x != 0)
+    errors = [jnp.where(e > 0, e / scale, e) for e in errors]  # a weight of zeros has none
+    error, rtn_error = (jnp.where(judged, e, jnp.nan) for e in errors)
     fallback = jnp.where(error <= rtn_error, Fallback.NONE, Fallback.WORSE)
     fallback = jnp.where(jnp.isfinite(error) & jnp.isfinite(rtn_error), fallback, Fallback.NOT_FINITE)
-    fallback = jnp.where(jnp.any(x != 0), fallback, Fallback.NOT_JUDGED)
+    fallback = jnp.where(judged, fallback, Fallback.NOT_JUDGED)
     fallback = jnp.where(inputs.count > 0, fallback, Fallback.NO_TOKENS)
     if q.outlier_weight is not None or (isinstance(config, RTN) and config.clip is None):  # there is no other answer
         fallback = jnp.zeros_like(fallback)

@@ -140,6 +140,11 @@ def _job(path: str, leaf, config, stats: Statistics | None, ranged: dict[int, In
     if stats is None:
         return Job(path, leaf, config, (-2,), (-1,), None)
     if path not in stats.products:  # an embedding: one scale, or row of groups, per row, and no inputs to round
+        if config.needs_statistics:
+            raise ValueError(
+                f"'{path}' is only looked up, so there are no statistics for {name_of(config)}; give it jq.RTN, or "
+                f"leave it out by a rule ({path!r}, None) in front"
+            )
         config = dataclasses.replace(config, spec=dataclasses.replace(config.spec, activations=None))
         return Job(path, leaf, config, (-1,), tuple(range(-ndim, -1)), None)
     product = stats.products[path]
@@ -181,7 +186,8 @@ def _check(job: Job) -> None:
             "calibrate with the tree that is to be quantized"
         )
     try:
-        job.config.spec.num_groups(job.shape[0])
+        for step in getattr(job.config, "steps", [job.config]):
+            step.spec.num_groups(job.shape[0])
     except ValueError as error:
         raise ValueError(f"'{job.path}': {error}") from None
     bad = int(count_not_finite(job.leaf))

@@ -28,7 +28,7 @@ def rules_of(recipe: Recipe) -> Sequence[tuple[str, Any]]:
             raise ValueError(f"recipe rule {rule[0]!r}: {rule[1]!r} is no method config and not None")
         try:
             re.compile(rule[0])
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise ValueError(f"recipe rule {rule[0]!r} is no regular expression: {error}") from None
     return recipe
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Calibration
 from jaxquant.transforms.quantize import needed_memory, plan, run_jobs
@@ -68,7 +70,7 @@ def stack_blocks(quantized: Sequence[tuple[Any, Report]]) -> tuple[Any, Report]:
       The tree of the whole stack and a Report, as if it had been quantized at once.
     """
     trees, reports = zip(*quantized, strict=True)
-    tree = jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
+    tree = jax.tree.map(_stacked, *trees, is_leaf=is_qtensor)
     layers, first = [], 0
     for part, report in quantized:
         layers += [dataclasses.replace(row, index=(row.index[0] + first, *row.index[1:])) for row in report.layers]
@@ -81,6 +83,25 @@ def stack_blocks(quantized: Sequence[tuple[Any, Report]]) -> tuple[Any, Report]:
         bytes_before=sum(report.bytes_before for report in reports),
         bytes_after=sum(report.bytes_after for report in reports),
     )
+
+
+def _stacked(*parts: Any) -> Any:
+    """One leaf of all blocks. Of outliers each block has its own number; what lacks is filled up with no channel."""
+    if is_qtensor(parts[0]) and parts[0].outlier_index is not None:
+        axis = parts[0].values.ndim - 1 - len(parts[0].out)
+        most = max(q.outlier_index.shape[axis] for q in parts)
+        parts = tuple(_filled(q, axis, most) for q in parts)
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+
+def _filled(q: QTensor, axis: int, size: int) -> QTensor:
+    """The QTensor with `size` outliers along an axis of its arrays."""
+    index, rows = q.outlier_index, q.outlier_weight
+    assert index is not None
+    assert rows is not None
+    pad = [(0, size - index.shape[axis] if a == axis else 0) for a in range(index.ndim)]
+    index = jnp.pad(index, pad, constant_values=math.prod(q.in_shape))
+    return dataclasses.replace(q, outlier_index=index, outlier_weight=jnp.pad(rows, pad))
 
 
 def _drained(batches: list, progress: Progress | None) -> Iterator[Any]:
