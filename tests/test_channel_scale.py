@@ -167,7 +167,8 @@ def test_a_scale_that_one_weight_cannot_use_is_dropped_for_all(monkeypatch):
     for name in "qk":
         np.testing.assert_array_equal(qparams[name].channel_scale[1], 1)
         assert not np.allclose(qparams[name].channel_scale[0], 1)
-    assert not report.fallbacks  # without the scale, nothing is worse than rounding to nearest
+    for row in report.layers:  # without the scale, neither is worse than rounding to nearest, up to a rounding error
+        assert row.path == "o" or row.error <= row.rtn_error * (1 + 1e-6)
 
 
 def test_channels_without_input_or_weight_keep_a_scale_of_one():

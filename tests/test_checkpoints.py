@@ -228,7 +228,7 @@ def kill_while_writing(path, function, nth):
         ("chmod", 1, OLD),  # the tensors are written, the header is not
         ("rename", 1, OLD),  # everything is written
         ("rename", 2, OLD),  # the old one is out of the way, the new one not in place: the next run puts it back
-        ("rmdir", 1, NEW),  # the old one is being removed
+        ("rmdir", 2, NEW),  # the old one is being removed (first goes the probe of the name)
     ],
 )
 def test_a_killed_writer_leaves_the_old_checkpoint_or_the_new(tmp_path, function, nth, kept):
