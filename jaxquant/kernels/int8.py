@@ -79,9 +79,7 @@ def _matmul(x: jax.Array, q: QTensor, preferred_element_type) -> jax.Array:
 
 def _sums(a: jax.Array, c: jax.Array, y: jax.Array | None, z: jax.Array | None) -> jax.Array:
     """The sum in the module's formula, int32 `[*lead, T, N]`."""
-    lead = tuple(range(a.ndim - 2))
-    dims = (((a.ndim - 1,), (a.ndim - 2,)), (lead, lead))
-    total = lax.dot_general(a, c, dims, preferred_element_type=jnp.int32)
+    total = reference.product(a, c, jnp.int32)
     wide = [None if v is None else v.astype(jnp.int32) for v in (y, z)]
     if wide[0] is not None:
         total -= wide[0] * jnp.sum(c, -2, keepdims=True, dtype=jnp.int32)

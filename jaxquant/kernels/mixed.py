@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.kernels import int8
+from jaxquant.kernels.reference import product
 from jaxquant.numerics.affine import scaled_dense
 from jaxquant.numerics.qtensor import QTensor
 
@@ -30,19 +31,13 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
     index = index.reshape(*x.shape[:-2], 1, -1)
     outside = jnp.where(large, x, 0)
     kept = jnp.take_along_axis(outside, index, -1, mode="fill", fill_value=0)
-    result += _product(kept, rows.astype(x.dtype), preferred_element_type, precision)
+    result += product(kept, rows.astype(x.dtype), preferred_element_type, precision)
 
     listed = jnp.put_along_axis(jnp.zeros(large.shape, bool), index, True, -1, inplace=False)
     others = large & ~listed
 
     def with_others():
         w = scaled_dense(q).astype(x.dtype)
-        return result + _product(jnp.where(others, x, 0), w, preferred_element_type, precision)
+        return result + product(jnp.where(others, x, 0), w, preferred_element_type, precision)
 
     return lax.cond(jnp.any(others), with_others, lambda: result)
-
-
-def _product(x, w, preferred_element_type, precision):
-    lead = tuple(range(x.ndim - 2))
-    dims = (((x.ndim - 1,), (x.ndim - 2,)), (lead, lead))
-    return lax.dot_general(x, w, dims, precision, preferred_element_type)

@@ -14,11 +14,16 @@ from jaxquant.numerics.qtensor import QTensor
 
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
     """`[*lead, T, K] · [*lead, K, *out] -> [*lead, T, *out]`, see `kernels.matmul.quantized_matmul`."""
-    lead = tuple(range(x.ndim - 2))
-    dims = (((x.ndim - 1,), (x.ndim - 2,)), (lead, lead))
     x, scale = prepared(x, q)
     x = round_input(x, scale, q.spec.activations)
-    return lax.dot_general(x, scaled_dense(q).astype(q.dtype), dims, precision, preferred_element_type)
+    return product(x, scaled_dense(q).astype(q.dtype), preferred_element_type, precision)
+
+
+def product(x: jax.Array, w: jax.Array, preferred_element_type, precision=None) -> jax.Array:
+    """`[*lead, T, K] · [*lead, K, *out] -> [*lead, T, *out]`."""
+    lead = tuple(range(x.ndim - 2))
+    dims = (((x.ndim - 1,), (x.ndim - 2,)), (lead, lead))
+    return lax.dot_general(x, w, dims, precision, preferred_element_type)
 
 
 def prepared(x: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array | None]:

@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxquant.numerics import affine
 from jaxquant.numerics.affine import scaled_dense
-from jaxquant.numerics.channel_scale import Facts, normalized, quantize_with_scale
+from jaxquant.numerics.channel_scale import Facts, normalized, scale_and_quantize
 from jaxquant.numerics.output_error import product
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.scale_search import Clip, check_clip, clipped
@@ -83,11 +83,7 @@ class AWQ:
 
     def quantize(self, w: jax.Array, stats: InputStatistics | None) -> tuple[QTensor, Facts]:
         """Quantizes `w` `[in, out]`; returns the QTensor and `ratio`. Raises ValueError without statistics."""
-        if stats is None:
-            raise ValueError("AWQ needs calibration statistics, and stats is None; RTN needs none")
-        scale, info = self.channel_scale(w, stats)
-        q, more = quantize_with_scale(self, w, stats, scale)
-        return q, info | more
+        return scale_and_quantize(self, w, stats, "AWQ")
 
 
 def _relative_size(w: jax.Array, spec: QuantSpec) -> jax.Array:

@@ -8,7 +8,7 @@ GPTQ with AWQ's scales.
 import jax
 import jax.numpy as jnp
 
-from jaxquant.numerics.channel_scale import Facts, quantize_with_scale
+from jaxquant.numerics.channel_scale import Facts, scale_and_quantize
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec, compute_dtype
 from jaxquant.numerics.statistics import InputStatistics, divided
@@ -59,11 +59,7 @@ class Chain:
 
     def quantize(self, w: jax.Array, stats: InputStatistics | None) -> tuple[QTensor, Facts]:
         """Quantizes `w` `[in, out]`; returns the QTensor and all steps' facts. Raises ValueError without statistics."""
-        if stats is None:
-            raise ValueError(f"{self} needs calibration statistics, and stats is None; RTN needs none")
-        scale, info = self.channel_scale(w, stats)
-        q, more = quantize_with_scale(self, w, stats, scale)
-        return q, info | more
+        return scale_and_quantize(self, w, stats, str(self))
 
     def __repr__(self):
         return f"Chain({', '.join(map(repr, self.steps))})"

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.numerics import affine
-from jaxquant.numerics.activations import static_scale
-from jaxquant.numerics.channel_scale import Facts, normalized, quantize_with_scale
+from jaxquant.numerics.activations import with_input_scale
+from jaxquant.numerics.channel_scale import Facts, normalized, quantize_with_scale, scale_and_quantize
 from jaxquant.numerics.output_error import output_error
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, check_weight_spec
-from jaxquant.numerics.statistics import InputStatistics, divided
+from jaxquant.numerics.statistics import InputStatistics
 
 W8A8 = QuantSpec(bits=8, activations=ActivationSpec())
 GRID = 11  # values of α that are tried, from 0 to 1
@@ -71,11 +71,7 @@ class SmoothQuant:
 
     def quantize(self, w: jax.Array, stats: InputStatistics | None) -> tuple[QTensor, Facts]:
         """Quantizes `w` `[in, out]`; returns the QTensor and `alpha`. Raises ValueError without statistics."""
-        if stats is None:
-            raise ValueError("SmoothQuant needs calibration statistics, and stats is None; RTN needs none")
-        scale, info = self.channel_scale(w, stats)
-        q, more = quantize_with_scale(self, w, stats, scale)
-        return q, info | more
+        return scale_and_quantize(self, w, stats, "SmoothQuant")
 
 
 def _scale(w: jax.Array, stats: InputStatistics, alpha: jax.Array) -> jax.Array:
@@ -87,6 +83,4 @@ def _scale(w: jax.Array, stats: InputStatistics, alpha: jax.Array) -> jax.Array:
 
 def _error(w: jax.Array, stats: InputStatistics, scale: jax.Array, config: SmoothQuant) -> jax.Array:
     q, _ = quantize_with_scale(config, w, stats, scale)
-    inputs = divided(stats, scale)
-    q = dataclasses.replace(q, input_scale=static_scale(inputs.absmax, inputs.held_out, q.spec, q.scale.dtype))
-    return output_error(w, q, stats.held_out)
+    return output_error(w, with_input_scale(q, stats), stats.held_out)

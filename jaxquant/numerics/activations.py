@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.numerics.affine import choose_qparams, decode, encode, fake_quantize
+from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, compute_dtype
+from jaxquant.numerics.statistics import InputStatistics, divided
 
 PERCENTILE = 99.9  # of the inputs that a range of that kind covers
 SHRINKS = 50  # ranges that are tried for the smallest error
@@ -107,6 +109,13 @@ def static_scale(absmax: jax.Array, rows: jax.Array, spec: QuantSpec, dtype) -> 
         found = reach
     reach = jnp.where(jnp.any(real), jnp.minimum(found, reach), reach)
     return choose_qparams(reach[None, None], codes)[0]
+
+
+def with_input_scale(q: QTensor, inputs: InputStatistics) -> QTensor:
+    """A QTensor `[K, N]` with the static scale of its inputs, if it has one."""
+    if q.channel_scale is not None:
+        inputs = divided(inputs, q.channel_scale[:, 0])
+    return dataclasses.replace(q, input_scale=static_scale(inputs.absmax, inputs.held_out, q.spec, q.scale.dtype))
 
 
 def _closest(reach: jax.Array, rows: jax.Array, codes: QuantSpec) -> jax.Array:

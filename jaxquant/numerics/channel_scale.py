@@ -1,7 +1,7 @@
 """Scales of input channels: W′ = D W is rounded in place of W, and products divide their input by D.
 
 With H the mean of xᵀx, the inputs x D⁻¹ of W′ have D⁻¹ H D⁻¹, so every method runs unchanged on W′ and on statistics
-divided by D. Methods that choose a D (SmoothQuant, AWQ) derive from `ScalesChannels`.
+divided by D. Methods that choose a D (SmoothQuant, AWQ, and a Chain that begins with one) are `ScalesChannels`.
 """
 
 import dataclasses
@@ -35,6 +35,15 @@ class ScalesChannels(Protocol):
 
     def quantize_scaled(self, w: jax.Array, stats: InputStatistics) -> tuple[QTensor, Facts]:
         """Quantizes a weight `[K, N]` whose channels are scaled already, with the statistics of divided inputs."""
+
+
+def scale_and_quantize(config: Any, w: jax.Array, stats: InputStatistics | None, name: str) -> tuple[QTensor, Facts]:
+    """The `quantize` of a method that scales channels; `name` is that of the method in the error without statistics."""
+    if stats is None:
+        raise ValueError(f"{name} needs calibration statistics, and stats is None; RTN needs none")
+    scale, info = config.channel_scale(w, stats)
+    q, more = quantize_with_scale(config, w, stats, scale)
+    return q, info | more
 
 
 def quantize_with_scale(

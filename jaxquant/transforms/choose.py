@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxquant.methods.choice import MixedPrecision
 from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.jobs import Job
 from jaxquant.transforms.report import LayerReport
 
@@ -32,11 +33,12 @@ def candidates(job: Job) -> list[Job]:
     configs = getattr(job.config, "configs", None)
     if configs is None:
         return [job]
-    return [dataclasses.replace(job, config=_ready(config, job)) for config in configs]
+    return [dataclasses.replace(job, config=settled(config, job.inputs)) for config in configs]
 
 
-def _ready(config: Any, job: Job) -> Any:
-    return config.for_inputs(job.inputs) if hasattr(config, "for_inputs") else config
+def settled(config: Any, inputs: InputStatistics | None) -> Any:
+    """A method config with what must be known before it is compiled."""
+    return config.for_inputs(inputs) if hasattr(config, "for_inputs") else config
 
 
 def solve(jobs: list[Job], run: Solve) -> dict[str, Solved]:

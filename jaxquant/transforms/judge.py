@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from jaxquant.kernels.matmul import quantized_matmul
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.activations import static_scale
+from jaxquant.numerics.activations import with_input_scale
 from jaxquant.numerics.channel_scale import quantize_with_scale
 from jaxquant.numerics.output_error import energy, output_error, product
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec
-from jaxquant.numerics.statistics import InputStatistics, divided
+from jaxquant.numerics.statistics import InputStatistics
 
 
 class Fallback(enum.IntEnum):
@@ -61,7 +61,7 @@ def solve_one(
     nearest, _ = RTN(_without_outliers(config.spec)).quantize(w, None)
     if q.channel_scale is not None:
         nearest = dataclasses.replace(nearest, channel_scale=jnp.ones_like(q.channel_scale))
-    q, nearest = (_with_input_scale(a, inputs) for a in (q, nearest))
+    q, nearest = (with_input_scale(a, inputs) for a in (q, nearest))
     x = inputs.held_out
     scale = energy(product(x, w))
     errors = [_error(w, a, x) for a in (q, nearest)]
@@ -93,10 +93,3 @@ def _without_outliers(spec: QuantSpec) -> QuantSpec:
     if spec.activations is None:
         return spec
     return dataclasses.replace(spec, activations=dataclasses.replace(spec.activations, outlier_threshold=None))
-
-
-def _with_input_scale(q: QTensor, inputs: InputStatistics) -> QTensor:
-    """The QTensor with the static scale of its inputs, if it has one."""
-    if q.channel_scale is not None:
-        inputs = divided(inputs, q.channel_scale[:, 0])
-    return dataclasses.replace(q, input_scale=static_scale(inputs.absmax, inputs.held_out, q.spec, q.scale.dtype))

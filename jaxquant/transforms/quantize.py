@@ -154,9 +154,7 @@ def _job(path: str, leaf, config, stats: Statistics | None, ranged: dict[int, In
         if id(inputs) not in ranged:
             ranged[id(inputs)] = _with_ranges(path, inputs)
         inputs = ranged[id(inputs)]
-    if hasattr(config, "for_inputs"):  # what must be known before the method is compiled
-        config = config.for_inputs(inputs)
-    return Job(path, leaf, config, contract, out, inputs)
+    return Job(path, leaf, choose.settled(config, inputs), contract, out, inputs)
 
 
 def _with_ranges(path: str, inputs: InputStatistics) -> InputStatistics:
