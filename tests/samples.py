@@ -23,8 +23,8 @@ def statistics_of(x):
     tokens = x.shape[-2]
     gram = np.swapaxes(x, -1, -2) @ x / max(tokens, 1)
     count = np.full(x.shape[:-2], tokens, x.dtype)
-    size = np.abs(x)
-    fields = gram, size.max(-2, initial=0), size.sum(-2) / max(tokens, 1), count, 0 * count, x
+    size, lowest, highest = np.abs(x), x.min(-2, initial=0), x.max(-2, initial=0)
+    fields = gram, lowest, highest, size.sum(-2) / max(tokens, 1), count, 0 * count, x
     return InputStatistics(*map(jnp.asarray, fields))
 
 

@@ -10,7 +10,7 @@ from samples import correlated, statistics_of, weights
 
 import jaxquant as jq
 from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
-from jaxquant.numerics.activations import static_scale
+from jaxquant.numerics.activations import choose_static
 from jaxquant.numerics.affine import dequantize
 
 K, N = 48, 20
@@ -37,10 +37,11 @@ def rounded(x, activations, scale=None):
     return (np.clip(np.round(x * (1 / scale)) + zero, low, high) - zero) * scale
 
 
-def static(q, scale):
-    """A QTensor of one matrix with a static scale for its inputs."""
-    spec = dataclasses.replace(q.spec, activations=jq.ActivationSpec(static=True))
+def static(q, scale, zero=None):
+    """A QTensor of one matrix with a static scale, and zero point, for its inputs."""
+    spec = dataclasses.replace(q.spec, activations=jq.ActivationSpec(static=True, symmetric=zero is None))
     q = dataclasses.replace(q, spec=spec, input_scale=jnp.full((1, 1), scale, q.scale.dtype))
+    q = dataclasses.replace(q, input_zero_point=None if zero is None else jnp.full((1, 1), zero, jnp.int8))
     q.validate()
     return q
 
@@ -123,7 +124,7 @@ def model():
     return params, 4 * jax.random.normal(keys[2], (8, 40, K))
 
 
-def test_static_scales_come_from_calibration():
+def test_choose_statics_come_from_calibration():
     """The scale is the largest input of each layer over 127.5, tokens included that are held out of the means."""
     params, x = model()
     stats = jq.calibrate(layers, params, [x])
@@ -157,14 +158,63 @@ def test_static_ranges_cover_what_they_say(kind):
     x = weights(128, K)
     x[5, 7] = 8 * np.abs(x).max()
     stats, spec = statistics_of(x), jq.int8(activations=jq.ActivationSpec(static=True, range=kind, bits=4))
-    scale = float(static_scale(stats.absmax, stats.held_out, spec, jnp.float32)[0, 0])
+    scale = float(choose_static(stats, spec, jnp.float32)[0][0, 0])
     reaches = np.abs(x).max() * (1 - np.arange(50) / 50)
     errors = [np.sum((rounded(x.astype(np.float64), spec.activations, np.float64(r / 7.5)) - x) ** 2) for r in reaches]
     want = {"absmax": np.abs(x).max(), "percentile": np.quantile(np.abs(x), 0.999), "mse": reaches[np.argmin(errors)]}
     assert scale == pytest.approx(want[kind] / 7.5, rel=1e-4)
     assert max(want["percentile"], want["mse"]) < 0.5 * want["absmax"]
-    nothing = static_scale(stats.absmax, jnp.zeros_like(stats.held_out), spec, jnp.float32)
-    assert float(nothing[0, 0]) == pytest.approx(want["absmax"] / 7.5, rel=1e-6)
+    nothing = dataclasses.replace(stats, held_out=jnp.zeros_like(stats.held_out))
+    assert float(choose_static(nothing, spec, jnp.float32)[0][0, 0]) == pytest.approx(want["absmax"] / 7.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["absmax", "percentile", "mse"])
+def test_asymmetric_static_ranges_reach_differently_far(kind):
+    """Inputs of which few are negative, as those that an activation function leaves; one of 128 rows holds a large."""
+    x = np.maximum(weights(128, K), -0.02)
+    x[5, 7] = 8 * x.max()
+    activations = jq.ActivationSpec(static=True, range=kind, bits=4, symmetric=False)
+    scale, zero = choose_static(statistics_of(x), jq.int8(activations=activations), jnp.float32)
+
+    def qparams(low, high):
+        scale = (high - low) / 15
+        return scale, np.clip(np.round(-8 - low / scale), -8, 7)
+
+    def error(share):
+        scale, zero = qparams(share * x.min(), share * x.max())
+        return np.sum(((np.clip(np.round(x / scale) + zero, -8, 7) - zero) * scale - x) ** 2)
+
+    shares = 1 - np.arange(50) / 50
+    best = shares[np.argmin([error(np.float64(s)) for s in shares])]
+    want = {
+        "absmax": (x.min(), x.max()),
+        "percentile": np.quantile(x, [0.0005, 0.9995]),
+        "mse": (best * x.min(), best * x.max()),
+    }[kind]
+    assert (float(scale[0, 0]), int(zero[0, 0])) == pytest.approx(qparams(*want), rel=1e-4)
+    assert int(zero[0, 0]) < -5  # nearly all codes are of positive numbers
+
+
+def test_an_asymmetric_static_range_is_that_of_calibration():
+    """And it costs less than a symmetric one where inputs are of one sign."""
+    params, x = {"w": jnp.asarray(weights(K, N))}, jnp.abs(jnp.asarray(correlated(K, 64)))
+    stats = jq.calibrate(lambda p, x: x @ p["w"], params, [x])
+    inputs = stats.products["w"].inputs
+    np.testing.assert_array_equal(inputs.lowest, 0)
+    np.testing.assert_array_equal(inputs.highest, x.max(0))
+    errors = {}
+    for symmetric in (True, False):
+        spec = jq.int8(activations=jq.ActivationSpec(static=True, bits=4, symmetric=symmetric))
+        qparams, _ = jq.quantize_params(params, stats, jq.RTN(spec))
+        qparams["w"].validate()
+        found = jq.quantized(lambda p, x: x @ p["w"])(qparams, x)
+        errors[symmetric] = np.linalg.norm(found - x @ dequantize(qparams["w"]))
+    q = qparams["w"]
+    assert (float(q.input_scale[0, 0]), int(q.input_zero_point[0, 0])) == (
+        pytest.approx(float(x.max()) / 15, rel=1e-6),
+        -8,
+    )
+    assert errors[False] < 0.7 * errors[True]
 
 
 def test_an_expert_without_tokens_has_the_range_of_the_others():
@@ -226,8 +276,7 @@ def test_dynamic_ranges_need_no_statistics_and_static_ones_do():
     [
         ({"bits": 9}, "bits=9 is not supported"),
         ({"granularity": "per_channel"}, "granularity='per_channel' of activations is neither"),
-        ({"static": True, "granularity": "per_token"}, "a static range is per_tensor and symmetric"),
-        ({"static": True, "symmetric": False}, "a static range is per_tensor and symmetric"),
+        ({"static": True, "granularity": "per_token"}, "a static range is per_tensor"),
         ({"static": 1}, "static=1 must be True or False"),
         ({"static": True, "range": "max"}, "range='max' is not one of absmax, percentile, mse"),
         ({"range": "mse"}, "range='mse' is for static ranges"),
@@ -275,8 +324,11 @@ def test_lookups_round_no_inputs():
 def test_the_native_format_keeps_activations(tmp_path):
     q = static(jq.quantize(jnp.asarray(weights(K, N)), jq.int4(group_size=16)), 0.25)
     dynamic = jq.quantize(jnp.asarray(weights(K, N)), jq.int8(activations=jq.ActivationSpec(symmetric=False)))
-    jq.save(tmp_path / "tree", None, {"static": q, "dynamic": dynamic})
+    asymmetric = static(jq.quantize(jnp.asarray(weights(K, N)), jq.int8()), 0.25, -100)
+    jq.save(tmp_path / "tree", None, {"static": q, "dynamic": dynamic, "asymmetric": asymmetric})
     found = jq.load(tmp_path / "tree")
+    assert found["asymmetric"].spec == asymmetric.spec
+    assert found["asymmetric"].input_zero_point.tolist() == [[-100]]
     assert found["static"].spec == q.spec
     assert found["static"].input_scale.tolist() == [[0.25]]
     assert found["dynamic"].spec == dynamic.spec
@@ -289,3 +341,18 @@ def test_an_input_scale_must_fit_the_spec():
         dataclasses.replace(q, input_scale=None).validate()
     with pytest.raises(ValueError, match="input_scale is float32"):
         dataclasses.replace(q, input_scale=jnp.ones((2, 1))).validate()
+    with pytest.raises(ValueError, match="but input_zero_point is"):
+        dataclasses.replace(q, input_zero_point=jnp.zeros((1, 1), jnp.int8)).validate()
+    q = static(q, 0.25, -100)
+    with pytest.raises(ValueError, match=r"static=True.*but input_zero_point is None"):
+        dataclasses.replace(q, input_zero_point=None).validate()
+    with pytest.raises(ValueError, match="input_zero_point is float32"):
+        dataclasses.replace(q, input_zero_point=jnp.zeros((1, 1))).validate()
+
+
+def test_a_stored_zero_point_of_inputs_must_be_one_of_their_codes(tmp_path):
+    q = static(jq.quantize(jnp.asarray(weights(K, N)), jq.int8()), 0.25, -100)
+    spec = dataclasses.replace(q.spec, activations=dataclasses.replace(q.spec.activations, bits=4))
+    jq.save(tmp_path / "tree", None, dataclasses.replace(q, spec=spec))
+    with pytest.raises(ValueError, match="input_zero_point reach from -100 to -100"):
+        jq.load(tmp_path / "tree")

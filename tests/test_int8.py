@@ -19,6 +19,8 @@ ACTIVATIONS = {
     "per token, asymmetric": jq.ActivationSpec(symmetric=False),
     "per tensor": jq.ActivationSpec(granularity="per_tensor"),
     "4 bits": jq.ActivationSpec(bits=4),
+    "static": jq.ActivationSpec(static=True),
+    "static, asymmetric": jq.ActivationSpec(static=True, symmetric=False),
 }
 WEIGHTS = {
     "int8": jq.int8(),
@@ -31,7 +33,12 @@ WEIGHTS = {
 
 def given(spec, activations, lead=()):
     x, w = correlated(K, T, np.float64), weights(*lead, K, N, dtype=np.float64)
-    return jnp.asarray(x), jq.quantize(jnp.asarray(w), dataclasses.replace(spec, activations=activations))
+    q = jq.quantize(jnp.asarray(w), dataclasses.replace(spec, activations=activations))
+    if activations is not None and activations.static:
+        q = dataclasses.replace(q, input_scale=jnp.full((*lead, 1, 1), np.ptp(x) / 255))
+    if activations is not None and activations.static and not activations.symmetric:
+        q = dataclasses.replace(q, input_zero_point=jnp.full((*lead, 1, 1), -9, jnp.int8))
+    return jnp.asarray(x), q
 
 
 @pytest.mark.usefixtures("float64")
@@ -68,7 +75,7 @@ def test_the_compiled_program_multiplies_int8_with_int8(spec):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("activations", ["per token", "per token, asymmetric"])
+@pytest.mark.parametrize("activations", ["per token", "per token, asymmetric", "static, asymmetric"])
 def test_derivatives_are_those_of_the_definition(activations):
     x, q = given(jq.int8(), ACTIVATIONS[activations])
     seed = jnp.asarray(weights(T, N, dtype=np.float64))
@@ -95,8 +102,6 @@ def test_rows_that_are_not_finite_stay_so(static, bad):
     """Or a broken model would look like a bad one."""
     x, q = given(jq.int8(), jq.ActivationSpec(static=static))
     q = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == np.float64 else a, q)
-    if static:
-        q = dataclasses.replace(q, input_scale=jnp.ones((1, 1), q.scale.dtype))
     found = quantized_matmul(x.astype(jnp.float32).at[3, 5].set(bad), q)
     assert np.all(np.isnan(found[3]))
     assert np.all(np.isfinite(np.delete(found, 3, 0)))

@@ -40,7 +40,11 @@ CONFIG = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
-ACTIVATIONS = {"dynamic": jq.ActivationSpec(), "static": jq.ActivationSpec(static=True)}
+ACTIVATIONS = {
+    "dynamic": jq.ActivationSpec(),
+    "static": jq.ActivationSpec(static=True),
+    "static, asymmetric": jq.ActivationSpec(static=True, symmetric=False),
+}
 W8 = jq.int8(activations=ACTIVATIONS["dynamic"])
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -119,12 +123,17 @@ def test_transformers_computes_the_same_logits(tmp_path, kind):
     jq.save(tmp_path / "out", model, qparams, format="compressed-tensors")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored[f"{Q}.weight"].dtype == np.int8
-    assert (f"{Q}.input_scale" in stored) == (kind == "static")
+    assert (f"{Q}.input_scale" in stored) == kind.startswith("static")
+    assert (f"{Q}.input_zero_point" in stored) == kind.endswith("asymmetric")
     theirs = torch_logits(tmp_path / "out")
     error = distance(model.apply(qparams, TOKENS), theirs)
-    assert error < (1e-5 if kind == "static" else 0.06)  # the largest input of each token may take another code
+    assert error < (0.06 if kind == "dynamic" else 1e-5)  # the largest input of each token may take another code
     weights_only = jax.tree.map(
-        lambda q: dataclasses.replace(q, spec=jq.int8(), input_scale=None) if isinstance(q, jq.QTensor) else q,
+        lambda q: (
+            dataclasses.replace(q, spec=jq.int8(), input_scale=None, input_zero_point=None)
+            if isinstance(q, jq.QTensor)
+            else q
+        ),
         qparams,
         is_leaf=lambda leaf: isinstance(leaf, jq.QTensor),
     )
@@ -169,7 +178,9 @@ def written_upstream(directory, activations, targets=("Linear",)):
     strategy = {"strategy": "channel"} if activations else {"strategy": "group", "group_size": 32}
     bits = 8 if activations else 4
     weights = quantization.QuantizationArgs(num_bits=bits, type="int", symmetric=True, **strategy)
-    inputs = activations and quantization.QuantizationArgs(num_bits=8, type="int", symmetric=True, **activations)
+    inputs = activations and quantization.QuantizationArgs(
+        **{"num_bits": 8, "type": "int", "symmetric": True, **activations}
+    )
     scheme = quantization.QuantizationScheme(targets=list(targets), weights=weights, input_activations=inputs)
     ignore = [] if "Embedding" in targets else ["lm_head"]
     quantization.apply_quantization_config(
@@ -187,6 +198,9 @@ def written_upstream(directory, activations, targets=("Linear",)):
         meant[name] = (codes * scale[..., None]).reshape(w.shape).numpy()
         if hasattr(module, "input_scale"):
             module.input_scale.data = torch.tensor([0.02])
+        if hasattr(module, "input_zero_point"):
+            zero = 0 if inputs.symmetric else -9
+            module.input_zero_point.data = torch.tensor([zero], dtype=torch.int8)
         module.quantization_status = quantization.QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
@@ -207,6 +221,10 @@ STRATEGIES = {
     "dynamic": ({"strategy": "token", "dynamic": True}, jq.ActivationSpec()),
     "dynamic per tensor": ({"strategy": "tensor", "dynamic": True}, jq.ActivationSpec(granularity="per_tensor")),
     "static": ({"strategy": "tensor", "dynamic": False}, jq.ActivationSpec(static=True)),
+    "static, asymmetric": (
+        {"strategy": "tensor", "dynamic": False, "symmetric": False},
+        jq.ActivationSpec(static=True, symmetric=False),
+    ),
 }
 
 
@@ -279,8 +297,8 @@ def test_zero_points_of_zero_beside_symmetric_inputs_are_read(written):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("symmetric", False, "a static range is per_tensor and symmetric"),
-        ("strategy", "token", "a static range is per_tensor and symmetric"),
+        ("symmetric", False, "input_zero_point is missing"),
+        ("strategy", "token", "a static range is per_tensor"),
         ("strategy", "group", "input_activations: strategy='group' is not supported"),
         ("dynamic", "local", "input_activations: dynamic='local' is not supported"),
         ("type", "float", "input_activations: type='float' is not supported"),

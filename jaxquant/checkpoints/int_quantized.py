@@ -6,11 +6,12 @@ A Linear `[out, in]` = (N, K) stores
     weight_scale       [N, G], G = K / group_size, or 1 per channel; in the model's dtype
     weight_zero_point  int8 [N, G], where the weights are asymmetric
     input_scale        [1], the scale of the inputs' codes where their range is static; in the model's dtype
+    input_zero_point   int8 [1], where that range is asymmetric
 
 and nothing for ranges that are found at run time.
 
 Source: compressed-tensors 0.20, compressors/naive_quantized and quantization/lifecycle/initialize.py. Some releases
-also write `input_zero_point` [1] beside symmetric inputs, as zeros.
+also write `input_zero_point` beside symmetric inputs, as a zero.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jaxquant.numerics.spec import QuantSpec
 
 FORMAT = "int-quantized"
 INPUT_ZERO = "input_zero_point"
-DTYPES = {"weight": "int8", "weight_zero_point": "int8"}  # scales are floats
+DTYPES = {"weight": "int8", "weight_zero_point": "int8", "input_zero_point": "int8"}  # scales are floats
 REQUIRED = {"weight"}
 PARTS = ("weight_scale", "weight_zero_point", "input_scale", INPUT_ZERO)  # beside `weight`, which floats have too
 
@@ -36,6 +37,8 @@ def pack(q: QTensor) -> dict[str, np.ndarray]:
         arrays["weight_zero_point"] = q.zero_point.T
     if q.input_scale is not None:
         arrays["input_scale"] = q.input_scale.reshape(1)
+    if q.input_zero_point is not None:
+        arrays[INPUT_ZERO] = q.input_zero_point.reshape(1)
     return {part: np.ascontiguousarray(np.asarray(a)) for part, a in arrays.items()}
 
 
@@ -45,18 +48,23 @@ def unpack(arrays: Mapping[str, np.ndarray], spec: QuantSpec) -> QTensor:
     Raises:
       ValueError: a code is outside its width, or the zero point of symmetric inputs is not zero.
     """
-    if np.any(arrays.get(INPUT_ZERO, 0)):
+    activations = spec.activations
+    assert activations is not None
+    if activations.symmetric and np.any(arrays.get(INPUT_ZERO, 0)):
         raise ValueError(f"{INPUT_ZERO}={arrays[INPUT_ZERO].tolist()} beside symmetric inputs is not supported")
-    for part in {"weight", "weight_zero_point"} & arrays.keys():
-        low, high = arrays[part].min(), arrays[part].max()
-        if low < spec.min_code or high > spec.max_code:
-            raise ValueError(f"{part} has codes from {low} to {high}, which {spec.bits} bits do not hold")
+    for part, width in (("weight", spec), ("weight_zero_point", spec), (INPUT_ZERO, activations.spec)):
+        if part in arrays and not width.min_code <= arrays[part].min() <= arrays[part].max() <= width.max_code:
+            reach = f"from {arrays[part].min()} to {arrays[part].max()}"
+            raise ValueError(f"{part} has codes {reach}, which {width.bits} bits do not hold")
     codes, scale = (jnp.asarray(arrays[part].T) for part in ("weight", "weight_scale"))
     zeros = None if spec.symmetric else jnp.asarray(arrays["weight_zero_point"].T)
     q = QTensor.from_codes(codes, scale, zeros, spec, dtype=scale.dtype)
     if not spec.static_activations:
         return q
-    return dataclasses.replace(q, input_scale=jnp.asarray(arrays["input_scale"].reshape(1, 1)))
+    input_scale, zero = (
+        jnp.asarray(arrays[p].reshape(1, 1)) if p in arrays else None for p in ("input_scale", INPUT_ZERO)
+    )
+    return dataclasses.replace(q, input_scale=input_scale, input_zero_point=None if activations.symmetric else zero)
 
 
 def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, list[tuple[int, ...]]]:
@@ -67,4 +75,6 @@ def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, list[tuple[int, ...]]]:
         parts["weight_zero_point"] = [(n, groups)]
     if spec.static_activations:
         parts["input_scale"] = [(1,)]
+        if spec.activations is not None and not spec.activations.symmetric:
+            parts[INPUT_ZERO] = [(1,)]
     return parts

@@ -35,7 +35,7 @@ from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 HEADER = "jaxquant.json"
 VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
-_OPTIONAL = ("zero_point", "input_scale", "channel_scale", "outlier_index", "outlier_weight")
+_OPTIONAL = ("zero_point", "input_scale", "input_zero_point", "channel_scale", "outlier_index", "outlier_weight")
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype"))
 
 
@@ -237,12 +237,19 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
             raise ValueError(
                 f"outlier_index reaches from {index.min()} to {index.max()}, but there are {size} channels"
             )
+    zero = q.input_zero_point
+    if spec.activations is not None and zero is not None:
+        _check_codes("input_zero_point", zero, spec.activations.spec)
     every = spec.bits <= PACKED_BITS or spec.bits == 8  # then what is stored can be no other code of the full range
     for name in ("zero_point",) if every and not spec.narrow_range else ("codes", "zero_point"):
-        codes = getattr(q, name)
-        if codes is not None and codes.size and (codes.min() < spec.min_code or codes.max() > spec.max_code):
-            raise ValueError(f"{name} reach from {codes.min()} to {codes.max()}, which {spec} does not")
+        if getattr(q, name) is not None:
+            _check_codes(name, getattr(q, name), spec)
     return q
+
+
+def _check_codes(name: str, codes: jax.Array, spec: QuantSpec) -> None:
+    if codes.size and (codes.min() < spec.min_code or codes.max() > spec.max_code):
+        raise ValueError(f"{name} reach from {codes.min()} to {codes.max()}, which {spec} does not")
 
 
 def _spec(fields: Any) -> QuantSpec:

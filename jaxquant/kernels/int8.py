@@ -53,8 +53,8 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
 def _matmul(x: jax.Array, q: QTensor, preferred_element_type) -> jax.Array:
     assert q.spec.activations is not None
     wide, lead = compute_dtype(x.dtype), x.shape[:-2]
-    x, scale = reference.prepared(x, q)
-    a, s, y = encode_input(x, scale, q.spec.activations)
+    x, static = reference.prepared(x, q)
+    a, s, y = encode_input(x, static, q.spec.activations)
     codes = q.codes
     c, t, z = jax.tree.map(lambda w: w.reshape(*w.shape[: x.ndim - 1], -1), (codes, q.scale, q.zero_point))
     groups = q.scale.shape[x.ndim - 2]

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.activations import divide_channels, round_input
+from jaxquant.numerics.activations import Qparams, divide_channels, round_input, static_qparams
 from jaxquant.numerics.affine import scaled_dense
 from jaxquant.numerics.qtensor import QTensor
 
 
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
     """`[*lead, T, K] · [*lead, K, *out] -> [*lead, T, *out]`, see `kernels.matmul.quantized_matmul`."""
-    x, scale = prepared(x, q)
-    x = round_input(x, scale, q.spec.activations)
+    x, static = prepared(x, q)
+    x = round_input(x, static, q.spec.activations)
     return product(x, scaled_dense(q).astype(q.dtype), preferred_element_type, precision)
 
 
@@ -26,24 +26,24 @@ def product(x: jax.Array, w: jax.Array, preferred_element_type, precision=None) 
     return lax.dot_general(x, w, dims, precision, preferred_element_type)
 
 
-def prepared(x: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array | None]:
-    """Inputs `[*lead, T, K]` divided by a weight's channel scale, and its static scale for them, `[*lead, 1, 1]`."""
-    scale, channels = (
-        None if a is None else a.reshape(*a.shape[: x.ndim - 2], 1, -1) for a in (q.input_scale, q.channel_scale)
+def prepared(x: jax.Array, q: QTensor) -> tuple[jax.Array, Qparams | None]:
+    """Inputs `[*lead, T, K]` divided by a weight's channel scale, and their static qparams, `[*lead, 1, 1]`."""
+    static, channels = jax.tree.map(
+        lambda a: a.reshape(*a.shape[: x.ndim - 2], 1, -1), (static_qparams(q), q.channel_scale)
     )
-    return divide_channels(x, channels), scale
+    return divide_channels(x, channels), static
 
 
 def ragged_matmul(x: jax.Array, q: QTensor, groups: jax.Array, preferred_element_type, precision) -> jax.Array:
     """`[T, K] · [E, K, N] -> [T, N]`, see `kernels.matmul.quantized_ragged_matmul`."""
-    scale, activations = q.input_scale, q.spec.activations
+    activations = q.spec.activations
     if q.outlier_weight is not None:
         raise ValueError("outliers of rows that belong to different experts are not told apart; use another method")
     if activations is not None and not activations.static and activations.granularity == "per_tensor":
         raise ValueError("a dynamic per_tensor range would be one for the rows of all experts; use per_token")
-    scale, channels = (  # those of each row's expert
-        None if a is None else jnp.repeat(a.reshape(len(a), -1), groups, axis=0, total_repeat_length=len(x))
-        for a in (scale, q.channel_scale)
+    static, channels = jax.tree.map(  # those of each row's expert
+        lambda a: jnp.repeat(a.reshape(len(a), -1), groups, axis=0, total_repeat_length=len(x)),
+        (static_qparams(q), q.channel_scale),
     )
-    x = round_input(divide_channels(x, channels), scale, activations)
+    x = round_input(divide_channels(x, channels), static, activations)
     return lax.ragged_dot(x, scaled_dense(q).astype(q.dtype), groups, precision, preferred_element_type)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.numerics import affine
-from jaxquant.numerics.activations import with_input_scale
+from jaxquant.numerics.activations import with_static_qparams
 from jaxquant.numerics.channel_scale import Facts, normalized, quantize_with_scale, scale_and_quantize
 from jaxquant.numerics.output_error import output_error
 from jaxquant.numerics.qtensor import QTensor
@@ -83,4 +83,4 @@ def _scale(w: jax.Array, stats: InputStatistics, alpha: jax.Array) -> jax.Array:
 
 def _error(w: jax.Array, stats: InputStatistics, scale: jax.Array, config: SmoothQuant) -> jax.Array:
     q, _ = quantize_with_scale(config, w, stats, scale)
-    return output_error(w, with_input_scale(q, stats), stats.held_out)
+    return output_error(w, with_static_qparams(q, stats), stats.held_out)

@@ -11,6 +11,8 @@ from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, compute_dtype
 from jaxquant.numerics.statistics import InputStatistics, divided
 
+Qparams = tuple[jax.Array, jax.Array | None]  # scale and zero point; None if symmetric
+
 PERCENTILE = 99.9  # of the inputs that a range of that kind covers
 SHRINKS = 50  # ranges that are tried for the smallest error
 
@@ -23,7 +25,12 @@ def divide_channels(x: jax.Array, channel_scale: jax.Array | None) -> jax.Array:
     return (x.astype(wide) / channel_scale.astype(wide)).astype(x.dtype)
 
 
-def round_input(x: jax.Array, scale: jax.Array | None, activations: ActivationSpec | None) -> jax.Array:
+def static_qparams(q: QTensor) -> Qparams | None:
+    """Scale and zero point of the codes of a weight's inputs, as they lie in the QTensor; None for dynamic ranges."""
+    return None if q.input_scale is None else (q.input_scale, q.input_zero_point)
+
+
+def round_input(x: jax.Array, static: Qparams | None, activations: ActivationSpec | None) -> jax.Array:
     """The inputs that the codes of a product's input stand for.
 
     The derivative is straight-through: 1 where x is no more than half a step beyond the codes, 0 elsewhere. A dynamic
@@ -31,7 +38,7 @@ def round_input(x: jax.Array, scale: jax.Array | None, activations: ActivationSp
 
     Args:
       x: float `[*lead, T, K]`.
-      scale: static ranges: the scale of the codes, which broadcasts with x. Else None.
+      static: static ranges: the scale and zero point of the codes, which broadcast with x. Else None.
       activations: None returns x as it is.
 
     Returns:
@@ -42,40 +49,40 @@ def round_input(x: jax.Array, scale: jax.Array | None, activations: ActivationSp
     """
     if activations is None:
         return x
-    _check(scale, activations)
-    if scale is None:
+    _check(static, activations)
+    if static is None:
         return fake_quantize(x, activations.spec, contract=_contract(activations), out=())
-    spec = activations.spec
+    spec, (scale, zero_point) = activations.spec, static
     wide, scale = x.astype(compute_dtype(x.dtype)), scale.astype(compute_dtype(x.dtype))
-    codes = encode(lax.stop_gradient(wide), scale, None, spec).astype(wide.dtype)
-    inside = jnp.clip(wide / scale, spec.min_code - 0.5, spec.max_code + 0.5)
-    return ((codes + (inside - lax.stop_gradient(inside))) * scale).astype(x.dtype)
+    zero = jnp.zeros_like(scale) if zero_point is None else zero_point.astype(scale.dtype)
+    codes = encode(lax.stop_gradient(wide), scale, zero, spec).astype(wide.dtype)
+    inside = jnp.clip(wide / scale + zero, spec.min_code - 0.5, spec.max_code + 0.5)
+    return ((codes + (inside - lax.stop_gradient(inside)) - zero) * scale).astype(x.dtype)
 
 
 def encode_input(
-    x: jax.Array, scale: jax.Array | None, activations: ActivationSpec
+    x: jax.Array, static: Qparams | None, activations: ActivationSpec
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The codes whose numbers `round_input` gives.
 
     Args:
-      x, scale, activations: as there.
+      x, static, activations: as there.
 
     Returns:
       Codes, int8 `[*lead, T, K]`, and their scales and zero points, in the dtype of x: `[*lead, T, 1]`, or
       `[*lead, 1, 1]` for one range. The zero point is None if symmetric.
     """
-    _check(scale, activations)
+    _check(static, activations)
     spec = dataclasses.replace(activations.spec, scale_dtype=x.dtype.name)
-    zero_point = None
-    if scale is None:
-        axes = {"contract": _contract(activations), "out": ()}
-        scale, zero_point = choose_qparams(x, spec, **axes)
-        scale, zero_point = jax.tree.map(lambda a: a.reshape(*x.shape[:-2], -1, 1), (scale, zero_point))
+    if static is None:
+        found = choose_qparams(x, spec, contract=_contract(activations), out=())
+        static = jax.tree.map(lambda a: a.reshape(*x.shape[:-2], -1, 1), found)
+    scale, zero_point = static
     return encode(x, scale, zero_point, spec), scale, zero_point
 
 
-def _check(scale: jax.Array | None, activations: ActivationSpec) -> None:
-    if activations.static and scale is None:
+def _check(static: Qparams | None, activations: ActivationSpec) -> None:
+    if activations.static and static is None:
         raise ValueError("static activations need a QTensor with an input_scale; quantize_params puts it there")
 
 
@@ -84,46 +91,54 @@ def _contract(activations: ActivationSpec) -> tuple[int, ...]:
     return (-1,) if activations.granularity == "per_token" else (-2, -1)
 
 
-def static_scale(absmax: jax.Array, rows: jax.Array, spec: QuantSpec, dtype) -> jax.Array | None:
-    """The static scale of a product's inputs.
+def choose_static(inputs: InputStatistics, spec: QuantSpec, dtype) -> Qparams:
+    """The scale and zero point, both `[1, 1]`, of a product's inputs.
 
     Args:
-      absmax: how far each channel reaches, `[K]`.
-      rows: a sample of the inputs, `[T, K]`; rows of zeros are not counted.
-      spec: that of the weight; its activations say how the range is chosen.
-      dtype: of the result.
-
-    Returns:
-      `[1, 1]`; None unless ranges are static.
+      inputs: statistics of one matrix' inputs; rows of zeros in the sample are not counted.
+      spec: that of the weight; its activations are static, and say how the range is chosen.
+      dtype: of the scale.
     """
     activations = spec.activations
-    if activations is None or not activations.static:
-        return None
+    assert activations is not None
     codes = dataclasses.replace(activations.spec, scale_dtype=jnp.dtype(dtype).name)
-    reach, real = jnp.max(absmax), jnp.any(rows != 0, -1, keepdims=True)
+    rows = inputs.held_out
+    real = jnp.any(rows != 0, -1, keepdims=True)
+    reach = jnp.stack([jnp.min(inputs.lowest), jnp.max(inputs.highest)])
     if activations.range == "percentile":
-        found = jnp.nanquantile(jnp.where(real, jnp.abs(rows), jnp.nan), PERCENTILE / 100)
+        found = _percentiles(jnp.where(real, rows, jnp.nan), activations.symmetric)
     elif activations.range == "mse":
         found = _closest(reach, rows, codes)
     else:
         found = reach
-    reach = jnp.where(jnp.any(real), jnp.minimum(found, reach), reach)
-    return choose_qparams(reach[None, None], codes)[0]
+    reach = jnp.where(jnp.any(real), jnp.clip(found, reach[0], reach[1]), reach)
+    return choose_qparams(reach[:, None], codes)
 
 
-def with_input_scale(q: QTensor, inputs: InputStatistics) -> QTensor:
-    """A QTensor `[K, N]` with the static scale of its inputs, if it has one."""
+def with_static_qparams(q: QTensor, inputs: InputStatistics) -> QTensor:
+    """A QTensor `[K, N]` with the scale and zero point of its inputs, if their range is static."""
+    if not q.spec.static_activations:
+        return q
     if q.channel_scale is not None:
         inputs = divided(inputs, q.channel_scale[:, 0])
-    return dataclasses.replace(q, input_scale=static_scale(inputs.absmax, inputs.held_out, q.spec, q.scale.dtype))
+    scale, zero_point = choose_static(inputs, q.spec, q.scale.dtype)
+    return dataclasses.replace(q, input_scale=scale, input_zero_point=zero_point)
+
+
+def _percentiles(rows: jax.Array, symmetric: bool) -> jax.Array:
+    """The range `[2]` that leaves out the largest inputs, or as many at each end; NaNs are not counted."""
+    outside = 1 - PERCENTILE / 100
+    if symmetric:
+        return jnp.nanquantile(jnp.abs(rows), 1 - outside) * jnp.array([-1, 1], rows.dtype)
+    return jnp.nanquantile(rows, jnp.array([outside / 2, 1 - outside / 2], rows.dtype))
 
 
 def _closest(reach: jax.Array, rows: jax.Array, codes: QuantSpec) -> jax.Array:
     """The range, of those that are a share of `reach`, with the smallest squared error of the rounded rows."""
 
     def error(share):
-        scale, _ = choose_qparams((share * reach)[None, None], codes)
-        return jnp.sum(jnp.square(decode(encode(rows, scale, None, codes), scale, None, rows.dtype) - rows))
+        scale, zero_point = choose_qparams((share * reach)[:, None], codes)
+        return jnp.sum(jnp.square(decode(encode(rows, scale, zero_point, codes), scale, zero_point, rows.dtype) - rows))
 
     shares = 1 - jnp.arange(SHRINKS, dtype=rows.dtype) / SHRINKS
     return shares[jnp.argmin(lax.map(error, shares))] * reach

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.activations import divide_channels, round_input
+from jaxquant.numerics.activations import divide_channels, round_input, static_qparams
 from jaxquant.numerics.affine import dense, scaled_dense
 from jaxquant.numerics.qtensor import QTensor
 
@@ -22,7 +22,7 @@ def output_error(w: jax.Array, q: QTensor, x: jax.Array) -> jax.Array:
     error = product(x, dense(q).astype(q.dtype).astype(x.dtype) - w.astype(x.dtype))
     if q.spec.activations is not None:
         x = divide_channels(x, None if q.channel_scale is None else q.channel_scale[:, 0])
-        shift = round_input(x, q.input_scale, q.spec.activations) - x
+        shift = round_input(x, static_qparams(q), q.spec.activations) - x
         error += product(shift, scaled_dense(q).astype(q.dtype))
     return energy(error)
 

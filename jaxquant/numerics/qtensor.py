@@ -17,7 +17,7 @@ PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        *("values", "scale", "zero_point", "input_scale", "channel_scale"),
+        *("values", "scale", "zero_point", "input_scale", "input_zero_point", "channel_scale"),
         *("outlier_index", "outlier_weight"),
     ],
     meta_fields=["spec", "dtype", "contract", "out", "in_shape"],
@@ -43,6 +43,8 @@ class QTensor:
       in_shape: sizes of the contracting axes (the packed stream does not tell them).
       input_scale: float `[*lead, 1, 1, ...]` with as many axes as `scale`, the scale of the inputs' codes; None unless
         `spec.activations` is static.
+      input_zero_point: int8, the inputs' code of 0.0, shaped as `input_scale`; None unless their static range is
+        asymmetric.
       channel_scale: positive float `[*lead, K, 1, ...]` with as many axes as `scale`: what each input channel of the
         weight was multiplied with before it was rounded. A product divides its input by it, before that is rounded.
         None is 1.
@@ -63,6 +65,7 @@ class QTensor:
     out: tuple[int, ...]
     in_shape: tuple[int, ...]
     input_scale: jax.Array | None = None
+    input_zero_point: jax.Array | None = None
     channel_scale: jax.Array | None = None
     outlier_index: jax.Array | None = None
     outlier_weight: jax.Array | None = None
@@ -156,10 +159,19 @@ class QTensor:
         if self.input_scale is not None:
             right = self.input_scale.shape == (*lead, *(1,) * (len(shape) - len(lead)))
             _expect("input_scale", self.input_scale, self.scale.dtype, right)
+        self._validate_input_zero_point()
         if self.channel_scale is not None:
             right = self.channel_scale.shape == (*lead, size, *(1,) * len(out))
             _expect("channel_scale", self.channel_scale, self.scale.dtype, right)
         self._validate_outliers(lead, self.values.shape[self._axis + 1 :])
+
+    def _validate_input_zero_point(self) -> None:
+        zero, activations = self.input_zero_point, self.spec.activations
+        wanted = activations is not None and activations.static and not activations.symmetric
+        if (zero is not None) != wanted:
+            raise ValueError(f"activations={activations}, but input_zero_point is {zero}")
+        if zero is not None and self.input_scale is not None:
+            _expect("input_zero_point", zero, jnp.int8, zero.shape == self.input_scale.shape)
 
     def _validate_outliers(self, lead: tuple[int, ...], out: tuple[int, ...]) -> None:
         activations, (index, rows) = self.spec.activations, (self.outlier_index, self.outlier_weight)

@@ -15,19 +15,20 @@ class ActivationSpec:
 
     Attributes:
       bits: width of a code, 2 to 8.
-      symmetric: as in `QuantSpec`; static ranges are symmetric.
+      symmetric: as in `QuantSpec`.
       granularity: which entries share a scale: those of one input row (`per_token`) or all (`per_tensor`). Left out, it
         is `per_tensor` where the range is static and `per_token` otherwise.
       static: the scale comes from calibration and is kept with the weight; otherwise from the input itself, as one
         product on one device sees it: inside `shard_map`, from a device's part of a row, and per_tensor inside `vmap`,
         from the whole batch.
       range: what a static range covers: the largest calibration input (`absmax`), all but the largest 0.1 % of a sample
-        (`percentile`), or what makes the squared error of that sample smallest (`mse`).
+        (`percentile`; if asymmetric, as many at both ends), or what makes the squared error of that sample smallest
+        (`mse`).
       outlier_threshold: input channels that reach it in any row stay in floating point (LLM.int8()); None rounds all.
         Only for dynamic per_token ranges.
 
     Raises:
-      ValueError: a field is outside its range, or a static range is per_token or asymmetric.
+      ValueError: a field is outside its range, or a static range is per_token.
     """
 
     bits: int = 8
@@ -43,10 +44,10 @@ class ActivationSpec:
         granularity = self.granularity or ("per_tensor" if self.static else "per_token")
         if granularity not in ("per_token", "per_tensor"):
             raise ValueError(f"granularity={granularity!r} of activations is neither per_token nor per_tensor")
-        if self.static and (granularity == "per_token" or not self.symmetric):
+        if self.static and granularity == "per_token":
             raise ValueError(
-                f"static activations with granularity={granularity!r}, symmetric={self.symmetric}: a static range is "
-                "per_tensor and symmetric; leave out static=True for a dynamic one"
+                "static activations with granularity='per_token': a static range is per_tensor; leave out static=True "
+                "for a dynamic one"
             )
         if self.range not in ("absmax", "percentile", "mse"):
             raise ValueError(f"range={self.range!r} is not one of absmax, percentile, mse")

@@ -5,7 +5,7 @@ merged in any order. `InputStatistics` is the finished form that methods read.
 """
 
 import dataclasses
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ WIDE = 512  # channels from which on that saves time
 EMPTY = np.uint32(0xFFFFFFFF)  # the rank of a row of the sample that is not filled
 
 
-@partial(
+@functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["gram", "abs_sum", "absmax", "count", "dropped", "rows", "rank"],
+    data_fields=["gram", "abs_sum", "lowest", "highest", "count", "dropped", "rows", "rank"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Moments:
     Attributes:
       gram: sum of xᵀx, float `[*lead, K, K]`; only the upper triangle counts.
       abs_sum: sum of |x|, `[*lead, K]`.
-      absmax: largest |x|, `[*lead, K]`, held-out rows included.
+      lowest, highest: the smallest and the largest x, or 0 if that is beyond, `[*lead, K]`; held-out rows included.
       count: rows in the sums, `[*lead]`.
       dropped: rows left out because they were not finite, `[*lead]`.
       rows: a sample of held-out rows, `[*lead, SAMPLE_ROWS, K]`, zero where not filled.
@@ -42,16 +42,17 @@ class Moments:
 
     gram: jax.Array
     abs_sum: jax.Array
-    absmax: jax.Array
+    lowest: jax.Array
+    highest: jax.Array
     count: jax.Array
     dropped: jax.Array
     rows: jax.Array
     rank: jax.Array
 
 
-@partial(
+@functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["gram", "absmax", "mean_abs", "count", "dropped", "held_out"],
+    data_fields=["gram", "lowest", "highest", "mean_abs", "count", "dropped", "held_out"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ class InputStatistics:
     Attributes:
       gram: mean of xᵀx over tokens, float `[*lead, K, K]` (zero where no token was seen). Its dtype is the one that
         methods compute in.
-      absmax: largest |x| per channel, `[*lead, K]`; of held-out rows too, so that no static range clips a token it saw.
+      lowest, highest: the smallest and the largest x per channel, or 0 if that is beyond, `[*lead, K]`; of held-out
+        rows too, so that no static range clips a token it saw.
       mean_abs: mean |x| per channel, `[*lead, K]`.
       count: tokens in the means, `[*lead]`.
       dropped: tokens left out because an entry was not finite, `[*lead]`.
@@ -69,11 +71,17 @@ class InputStatistics:
     """
 
     gram: jax.Array
-    absmax: jax.Array
+    lowest: jax.Array
+    highest: jax.Array
     mean_abs: jax.Array
     count: jax.Array
     dropped: jax.Array
     held_out: jax.Array
+
+    @property
+    def absmax(self) -> jax.Array:
+        """Largest |x| per channel, `[*lead, K]`."""
+        return jnp.maximum(-self.lowest, self.highest)
 
 
 def token_hash(position: jax.Array) -> jax.Array:
@@ -102,10 +110,10 @@ def observe(x: jax.Array, position: jax.Array, real: jax.Array | None = None) ->
     count = jnp.sum(used, dtype=x.dtype)
     dropped = jnp.sum(real & ~finite, dtype=x.dtype)
     gram = _gram(kept)
-    size = jnp.where((finite & real)[:, None], jnp.abs(x), 0)
     sample = finite & real & held
     rows, rank = smallest(jnp.where(sample[:, None], x, 0), jnp.where(sample, rank, EMPTY))
-    return Moments(gram, jnp.sum(jnp.abs(kept), 0), jnp.max(size, 0, initial=0), count, dropped, rows, rank)
+    lowest, highest = _extremes(x, finite & real)
+    return Moments(gram, jnp.sum(jnp.abs(kept), 0), lowest, highest, count, dropped, rows, rank)
 
 
 def _gram(x: jax.Array) -> jax.Array:
@@ -151,13 +159,19 @@ def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Mome
     gram = lax.ragged_dot_general(kept, kept, groups, dims, precision=lax.Precision.HIGHEST)
     share = member.astype(x.dtype)
     abs_sum = jnp.matmul(share, jnp.abs(kept), precision=lax.Precision.HIGHEST)
-    absmax = lax.map(lambda m: jnp.max(jnp.where(m[:, None], jnp.abs(x), 0), 0, initial=0), member & finite)
+    lowest, highest = lax.map(functools.partial(_extremes, x), member & finite)
     count = jnp.sum(member & finite & ~held, -1, dtype=x.dtype)
     dropped = jnp.sum(member & ~finite, -1, dtype=x.dtype)
     order = jnp.where(member & finite & held, rank, EMPTY)
     rows = jnp.where(finite[:, None], x, 0)
     rows, rank = lax.map(lambda r: smallest(jnp.where((r != EMPTY)[:, None], rows, 0), r), order)
-    return Moments(gram, abs_sum, absmax, count, dropped, rows, rank)
+    return Moments(gram, abs_sum, lowest, highest, count, dropped, rows, rank)
+
+
+def _extremes(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The smallest and largest entries `[K]` of the rows counted, and of 0."""
+    x = jnp.where(counted[:, None], x, 0)
+    return jnp.min(x, 0, initial=0), jnp.max(x, 0, initial=0)
 
 
 def divided(stats: InputStatistics, channel_scale: jax.Array) -> InputStatistics:
@@ -166,7 +180,8 @@ def divided(stats: InputStatistics, channel_scale: jax.Array) -> InputStatistics
     return dataclasses.replace(
         stats,
         gram=stats.gram * inverse[..., :, None] * inverse[..., None, :],
-        absmax=stats.absmax * inverse,
+        lowest=stats.lowest * inverse,
+        highest=stats.highest * inverse,
         mean_abs=stats.mean_abs * inverse,
         held_out=stats.held_out * inverse[..., None, :],
     )
@@ -178,7 +193,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(
         a.gram + b.gram,
         a.abs_sum + b.abs_sum,
-        jnp.maximum(a.absmax, b.absmax),
+        jnp.minimum(a.lowest, b.lowest),
+        jnp.maximum(a.highest, b.highest),
         a.count + b.count,
         a.dropped + b.dropped,
         rows,
@@ -197,7 +213,8 @@ def finish(moments: Moments) -> InputStatistics:
     count = jnp.maximum(moments.count, 1)
     return InputStatistics(
         gram=_mirrored(moments.gram) / count[..., None, None],
-        absmax=moments.absmax,
+        lowest=moments.lowest,
+        highest=moments.highest,
         mean_abs=moments.abs_sum / count[..., None],
         count=moments.count,
         dropped=moments.dropped,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxquant.kernels.matmul import quantized_matmul
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.activations import with_input_scale
+from jaxquant.numerics.activations import with_static_qparams
 from jaxquant.numerics.channel_scale import quantize_with_scale
 from jaxquant.numerics.output_error import energy, output_error, product
 from jaxquant.numerics.qtensor import QTensor
@@ -61,7 +61,7 @@ def solve_one(
     nearest, _ = RTN(_without_outliers(config.spec)).quantize(w, None)
     if q.channel_scale is not None:
         nearest = dataclasses.replace(nearest, channel_scale=jnp.ones_like(q.channel_scale))
-    q, nearest = (with_input_scale(a, inputs) for a in (q, nearest))
+    q, nearest = (with_static_qparams(a, inputs) for a in (q, nearest))
     x = inputs.held_out
     scale = energy(product(x, w))
     errors = [_error(w, a, x) for a in (q, nearest)]

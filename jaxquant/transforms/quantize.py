@@ -162,12 +162,12 @@ def _with_ranges(path: str, inputs: InputStatistics) -> InputStatistics:
     seen = inputs.count[..., None] > 0
     if not jnp.any(seen):
         raise ValueError(f"'{path}': its input saw no calibration token, so it has no static range; use a dynamic one")
-    absmax, stacked = inputs.absmax, tuple(range(inputs.absmax.ndim - 1))
-    for axes in (stacked[-1:], stacked):
-        widest = jnp.max(jnp.where(seen, absmax, 0), axis=axes, keepdims=True)
-        absmax = jnp.where(seen, absmax, widest)
+    lowest, highest, stacked = inputs.lowest, inputs.highest, tuple(range(inputs.lowest.ndim - 1))
+    for axes in (stacked[-1:], stacked):  # both are 0 where no token was seen
+        lowest = jnp.where(seen, lowest, jnp.min(lowest, axes, keepdims=True))
+        highest = jnp.where(seen, highest, jnp.max(highest, axes, keepdims=True))
         seen = seen | jnp.any(seen, axis=axes, keepdims=True)
-    return dataclasses.replace(inputs, absmax=absmax)
+    return dataclasses.replace(inputs, lowest=lowest, highest=highest)
 
 
 def _check_statistics(job: Job) -> None:

@@ -149,7 +149,8 @@ def _merged_over(m: Moments, name: str) -> Moments:
     sums = {f: lax.psum(getattr(m, f), name) for f in ("gram", "abs_sum", "count", "dropped")}
     rows, rank = _gathered(m.rows, name, m.rows.ndim - 2), _gathered(m.rank, name, m.rank.ndim - 1)
     rows, rank = statistics.smallest(rows, rank)
-    return Moments(**sums, absmax=lax.pmax(m.absmax, name), rows=rows, rank=rank)
+    lowest, highest = lax.pmin(m.lowest, name), lax.pmax(m.highest, name)
+    return Moments(**sums, lowest=lowest, highest=highest, rows=rows, rank=rank)
 
 
 def _gathered(a, name, axis):
