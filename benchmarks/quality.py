@@ -68,9 +68,7 @@ def measure() -> dict:
     samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH)
     tokens = text.corpus("held_out", WINDOWS * CONTEXT)
     models = {"packaged model": params, "outlier twin": outlier_twin(params)}
-    stats = {
-        name: jq.calibrate(model.apply, p, workflows.batches(samples, workflows.silent)) for name, p in models.items()
-    }
+    stats = {name: jq.calibrate(model.apply, p, workflows.batches(samples)) for name, p in models.items()}
     weights = {
         name: {
             method: compared(model, params, stats["packaged model"], make(spec), tokens)

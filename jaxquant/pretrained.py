@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
@@ -28,11 +29,13 @@ from jaxquant.models.names import (
     layer_params,
     outer_params,
     parameter_shapes,
+    tensor_paths,
     tensors_from_params,
 )
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.fold import fold
+from jaxquant.transforms.tracing.interpreter import named_leaves
 
 Format = Literal["jaxquant", "compressed-tensors"]
 _SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
@@ -101,6 +104,13 @@ class Checkpoint:
         if isinstance(self.source, dict):
             return {"layers": jax.tree.map(lambda a: a[layers.start : layers.stop], self.source["layers"])}
         return layer_params(self.model.config, self.source, layers)
+
+    def stored(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What the parameters are made of, one array at a time, by its name in the file. Not for quantized ones."""
+        if isinstance(self.source, dict):
+            yield from ((path, np.asarray(leaf)) for path, leaf in named_leaves(self.source))
+        else:
+            yield from ((name, self.source[name]) for name in tensor_paths(self.model.config))
 
     @property
     def is_quantized(self) -> bool:

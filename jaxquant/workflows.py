@@ -1,7 +1,6 @@
 """Whole jobs on checkpoints: load, calibrate, quantize, save; load and evaluate. The command line calls these."""
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,13 +16,12 @@ from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.pretrained import Checkpoint
-from jaxquant.transforms.jobs import count_not_finite
 from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.stream import quantize_blocks, stack_blocks
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
-BATCH = 4  # sequences that run together in calibration
+BATCH_TOKENS = 2048  # that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
@@ -89,11 +87,12 @@ def evaluation_tokens(model: Model, text: TextSource, file: str | None, context:
     return tokens
 
 
-def batches(samples: np.ndarray, progress: Progress) -> Iterator[jax.Array]:
+def batches(samples: np.ndarray, progress: Progress = silent) -> Iterator[jax.Array]:
     """Batches of calibration samples."""
-    for i in range(0, len(samples), BATCH):
+    size = max(1, BATCH_TOKENS // samples.shape[1])
+    for i in range(0, len(samples), size):
         progress("calibrating", i, len(samples))
-        yield jnp.asarray(samples[i : i + BATCH])
+        yield jnp.asarray(samples[i : i + size])
     progress("calibrating", len(samples), len(samples))
 
 
@@ -151,7 +150,7 @@ def _quantize_layers(
     inputs, done = None, list[tuple[Any, Report]]()
     if samples is not None:
         embedding = checkpoint.outer()["embed_tokens"]["embedding"]
-        inputs = [blocks.embed(embedding, jnp.asarray(samples[i : i + BATCH])) for i in range(0, len(samples), BATCH)]
+        inputs = [blocks.embed(embedding, batch) for batch in batches(samples)]
         del embedding
 
     def layers() -> Iterator[Any]:
@@ -177,13 +176,11 @@ def _quantize_layers(
 
 def _check_finite(checkpoint: Checkpoint) -> None:
     """Reads everything once, before hours of work, and raises ValueError for what is not finite."""
-    layers = ((f" of layer {i}", checkpoint.layers(range(i, i + 1))) for i in range(checkpoint.model.config.num_layers))
-    for which, params in itertools.chain([("", checkpoint.outer())], layers):
-        for path, leaf in named_leaves(params):
-            bad = int(count_not_finite(leaf))
-            if bad:
-                where = f"{checkpoint.directory}: '{path}'{which}"
-                raise ValueError(f"{where}: {bad} of its {leaf.size} entries are not finite; repair it first")
+    for name, array in checkpoint.stored():
+        bad = array.size - np.count_nonzero(np.isfinite(array))
+        if bad:
+            where = f"{checkpoint.directory}: {name}"
+            raise ValueError(f"{where}: {bad} of its {array.size} entries are not finite; repair it first")
 
 
 class Evaluation(NamedTuple):

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import jaxquant as jq
 from jaxquant import cli, demo, workflows
 from jaxquant.models import TINYLM
+from jaxquant.models.names import tensors_from_params
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -278,7 +280,13 @@ def test_nan_weights_are_named(checkpoint, tmp_path, capsys):
     arguments = ["quantize", tmp_path / "nan", "--out", tmp_path / "q", "--method", "rtn", "--group-size", 32]
     status, _, error = run(capsys, *arguments)
     assert status == 1
-    assert "'layers/mlp/up_proj/kernel' of layer 1: 1 of its 8192 entries are not finite" in error
+    assert "nan: layers/mlp/up_proj/kernel: 1 of its 16384 entries are not finite" in error
+    (tmp_path / "hf").mkdir()
+    save_file(tensors_from_params(model.config, params), tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(HF_CONFIG))
+    status, _, error = run(capsys, "quantize", tmp_path / "hf", *arguments[2:])
+    assert status == 1
+    assert "model.layers.1.mlp.up_proj.weight: 1 of its 8192 entries are not finite" in error
 
 
 def test_usage_errors(capsys):

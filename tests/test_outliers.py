@@ -21,7 +21,7 @@ def twin():
     tokens = text.corpus("held_out", 16 * 256)
     other = outlier_twin(params)
     recipe = model.recipe(jq.RTN(jq.int8()))
-    stats = jq.calibrate(model.apply, other, workflows.batches(samples, workflows.silent), recipe=recipe)
+    stats = jq.calibrate(model.apply, other, workflows.batches(samples), recipe=recipe)
     return model, params, other, stats, tokens
 
 

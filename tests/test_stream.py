@@ -101,7 +101,8 @@ def test_parts_of_a_stack_are_put_together():
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_checkpoints_get_the_codes_of_the_whole_model(family, tmp_path):
+def test_checkpoints_get_the_codes_of_the_whole_model(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflows, "BATCH_TOKENS", 64)  # two batches
     config = {
         "architectures": [f"{family}ForCausalLM"],
         "vocab_size": 64,
@@ -122,7 +123,7 @@ def test_checkpoints_get_the_codes_of_the_whole_model(family, tmp_path):
     options = {"calibration": str(tmp_path / "tokens.npy"), "num_samples": 6, "seq_len": 16}
     report = workflows.quantize_checkpoint(tmp_path / "model", tmp_path / "out", NEAREST, **options)
     _, quantized = jq.load_pretrained(tmp_path / "out")
-    samples = [jnp.asarray(tokens[i : i + workflows.BATCH]) for i in range(0, 6, workflows.BATCH)]
+    samples = list(workflows.batches(tokens))
     stats = calibrate(model.apply, params, samples)
     want, expected = quantize_params(params, stats, model.recipe(NEAREST))
     assert bits_of(quantized) == bits_of(want)
