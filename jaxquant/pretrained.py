@@ -32,6 +32,7 @@ from jaxquant.models.names import (
     tensor_paths,
     tensors_from_params,
 )
+from jaxquant.models.stacking import is_stacked, stack_layers, unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.fold import fold
@@ -39,6 +40,7 @@ from jaxquant.transforms.tracing.interpreter import named_leaves
 
 Format = Literal["jaxquant", "compressed-tensors"]
 _SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
+_ONE_SPEC = "and a stack of layers has one spec"
 _STORAGE = "quantization_config"  # how the tensors were stored, which is no property of the loaded model
 
 
@@ -52,7 +54,9 @@ def find_model(name: str | os.PathLike) -> Path:
     return TINYLM if packaged else find_checkpoint(name)
 
 
-def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> tuple[Model, Any]:
+def load_pretrained(
+    name: str | os.PathLike, dtype: DTypeLike | None = None, *, stacked: bool | None = None
+) -> tuple[Model, Any]:
     """Loads a model and its parameters.
 
     Args:
@@ -60,17 +64,26 @@ def load_pretrained(name: str | os.PathLike, dtype: DTypeLike | None = None) -> 
         checkpoints in safetensors, what `save` writes in any format, and compressed-tensors' `pack-quantized`
         and `int-quantized` weights from elsewhere.
       dtype: of the computation; None takes that of the largest parameter.
+      stacked: whether the layers are stacked, so that a scan runs over them ("layers/mlp/up_proj/kernel" is
+        `[layers, in, out]`), or each has parameters of its own ("layers/0/mlp/up_proj/kernel") and may be quantized in
+        its own way. None stacks them unless they are quantized differently.
 
     Returns:
       `(model, params)`: `model.apply(params, tokens)` gives logits `[batch, time, vocab]`. Parameters have the dtype
-      that they are stored in, kernels of the layers are stacked to `[layers, in, out]`, quantized ones are QTensors.
+      that they are stored in, quantized ones are QTensors.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
-      ValueError: a file is damaged, or the architecture or the quantization is not supported.
+      ValueError: a file is damaged, the architecture or the quantization is not supported, or layers that are quantized
+        differently are to be stacked.
     """
     checkpoint = open_pretrained(name)
-    params = checkpoint.outer() | checkpoint.layers(range(checkpoint.model.config.num_layers))
+    if stacked is None:
+        stacked = checkpoint.uneven is None
+    elif stacked and checkpoint.uneven is not None:
+        raise ValueError(f"{checkpoint.directory}: {checkpoint.uneven}; load it with stacked=False")
+    params = checkpoint.params(stacked)
+    checkpoint = dataclasses.replace(checkpoint, model=dataclasses.replace(checkpoint.model, stacked=stacked))
     largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
     return checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model, params
 
@@ -101,9 +114,29 @@ class Checkpoint:
 
     def layers(self, layers: range) -> dict[str, Any]:
         """The parameters of some layers, as `{"layers": ...}`, stacked. Errors as `load_pretrained`."""
-        if isinstance(self.source, dict):
+        if not isinstance(self.source, dict):
+            return layer_params(self.model.config, self.source, layers)
+        if is_stacked(self.source):
             return {"layers": jax.tree.map(lambda a: a[layers.start : layers.stop], self.source["layers"])}
-        return layer_params(self.model.config, self.source, layers)
+        return stack_layers({"layers": {str(i): self.source["layers"][str(i)] for i in layers}})
+
+    def params(self, stacked: bool) -> dict[str, Any]:
+        """All parameters. Errors as `load_pretrained`."""
+        count = self.model.config.num_layers
+        if stacked:
+            return self.outer() | self.layers(range(count))
+        each = [unstack_layers(self.layers(range(i, i + 1)))["layers"]["0"] for i in range(count)]
+        return self.outer() | {"layers": {str(i): layer for i, layer in enumerate(each)}}
+
+    @property
+    def uneven(self) -> str | None:
+        """Why its layers cannot be stacked; None if they can."""
+        if isinstance(self.source, CompressedTensors):
+            return _uneven(self.model.config, self.source.specs)
+        if not isinstance(self.source, dict) or is_stacked(self.source):
+            return None
+        alike = len({jax.tree.structure(layer) for layer in self.source["layers"].values()}) == 1
+        return None if alike else f"its layers are not quantized alike, {_ONE_SPEC}"
 
     def stored(self) -> Iterator[tuple[str, np.ndarray]]:
         """What the parameters are made of, one array at a time, by its name in the file. Not for quantized ones."""
@@ -130,7 +163,7 @@ def open_pretrained(name: str | os.PathLike) -> Checkpoint:
     model = Model.from_hf({**hf_config, _SOURCE: os.path.abspath(directory)})
     if (directory / HEADER).is_file():
         source = read_tree(directory)
-        _check_parameters(model.config, source)
+        _check_parameters(model.config, source, is_stacked(source))
     else:
         source = _open(directory, storage, model.config)
         check_names(model.config, source)
@@ -212,25 +245,22 @@ def _open(directory: Path, storage: Any, config: DecoderConfig) -> Tensors | Com
     if method != METHOD:
         raise ValueError(f"{directory / CONFIG}: quant_method={method!r} is not read; supported: {METHOD}")
     tensors = CompressedTensors(directory, storage, _classes(config))
-    _check_stacks(config, tensors.specs)
     return tensors
 
 
-def _check_stacks(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> None:
-    """A stack of layers is one array, so all of them must be quantized alike."""
+def _uneven(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> str | None:
+    """What is not quantized alike in all layers; None if all is."""
     for entry in FAMILIES[config.architecture].tensors:
         found = {specs.get(entry.name.format(layer=layer)) for layer in range(config.num_layers)}
         if len(found) > 1:
-            raise ValueError(
-                f"{entry.name} is not quantized alike in all layers ({', '.join(map(str, found))}); "
-                "layers are stacked, and a stack has one spec"
-            )
+            return f"{entry.name} is not quantized alike in all layers ({', '.join(map(str, found))}), {_ONE_SPEC}"
+    return None
 
 
-def _check_parameters(config: DecoderConfig, params: Any) -> None:
-    expected = parameter_shapes(config)
+def _check_parameters(config: DecoderConfig, params: Any, stacked: bool) -> None:
+    expected = parameter_shapes(config, stacked)
     flat = traverse_util.flatten_dict(params) if isinstance(params, dict) else {}
-    found = {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+    found = {"/".join(p if isinstance(p, str) else repr([p]) for p in path): leaf for path, leaf in flat.items()}
     for path in sorted(expected.keys() | found.keys()):
         shape = getattr(found.get(path), "shape", None)
         if shape != expected.get(path):
@@ -243,7 +273,7 @@ def _check_parameters(config: DecoderConfig, params: Any) -> None:
 def _write_model(directory: Path, model: Model, params: Any, format: Format) -> None:
     hf_config = json.loads(model.hf_config)
     source = hf_config.pop(_SOURCE, None)
-    _check_parameters(model.config, params)
+    _check_parameters(model.config, params, model.stacked)
     if format == "jaxquant":
         write_tree(directory, params)
         write_json(directory / CONFIG, hf_config)

@@ -21,7 +21,7 @@ from jaxquant.transforms.report import Report
 from jaxquant.transforms.stream import quantize_blocks, stack_blocks
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
-BATCH_TOKENS = 2048  # that run together in calibration
+BATCH_TOKENS = 1024  # that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
@@ -125,6 +125,11 @@ def quantize_checkpoint(
     Raises:
       ValueError, OSError: bad input; nothing is written.
     """
+    if hasattr(config, "configs"):
+        raise ValueError(
+            f"{type(config).__name__} looks at all layers at once, and here they are quantized one after the other; "
+            "use quantize_params with what load_pretrained returns"
+        )
     directory = pretrained.find_model(name)
     if os.path.realpath(out) == os.path.realpath(directory):
         raise ValueError(f"{out} is the checkpoint that is read; write to another directory")

@@ -294,7 +294,7 @@ def test_layers_that_are_quantized_differently_cannot_be_stacked(checkpoints, tm
     with pytest.raises(
         ValueError, match=r"layers.\{layer\}.self_attn.q_proj.weight is not quantized alike in all layers"
     ):
-        jq.load_pretrained(tmp_path / "out")
+        jq.load_pretrained(tmp_path / "out", stacked=True)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The decoder: one small Flax module for every supported family, its layers stacked and scanned.
 
 A layer's parameters have a leading layer axis (`layers/mlp/down_proj/kernel` is `[layers, in, out]`), so the program
-does not grow with the depth and a quantization method can be `vmap`ped over the layers. Names follow Hugging Face.
+does not grow with the depth and a quantization method can be `vmap`ped over the layers; see `stacking` for the other
+way. Names follow Hugging Face.
 What a family has beyond the others (biases, norms of queries and keys, windows) is switched on by the configuration.
 The operations are plain ones (products, a scan, a gather): nothing here knows about quantization.
 
@@ -155,11 +156,26 @@ class Layers(nn.Module):
         return _scanned(config, self.dtype, len(windows))(x, windows, *tables)[0]
 
 
-class Decoder(nn.Module):
-    """A causal language model: embedding, scanned layers, norm, head (tied to the embedding or its own kernel)."""
+class Unstacked(nn.Module):
+    """All layers of a decoder, each with parameters of its own: "0", "1" and so on."""
 
     config: DecoderConfig
     dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, windows: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
+        """As a scan over the layers: maps `x` `[batch, time, hidden]` to `(x, None)`."""
+        for i in range(self.config.num_layers):
+            x, _ = DecoderLayer(self.config, self.dtype, name=str(i))(x, windows[i], cos, sin)
+        return x, None
+
+
+class Decoder(nn.Module):
+    """A causal language model: embedding, layers, norm, head (tied to the embedding or its own kernel)."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+    stacked: bool = True
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -169,7 +185,10 @@ class Decoder(nn.Module):
             config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=_INIT, name="embed_tokens"
         )
         tables = rope_tables(tokens.shape[-1], config.head_dim, config.rope_theta, config.rope_scaling)
-        layers = _scanned(config, self.dtype, config.num_layers)
+        if self.stacked:
+            layers = _scanned(config, self.dtype, config.num_layers)
+        else:
+            layers = Unstacked(config, self.dtype, name="layers")
         x, _ = layers(embed(tokens), window_sizes(config), *tables)
         x = RMSNorm(config.norm_eps, self.dtype, name="norm")(x)
         head = embed.attend if config.tie_embeddings else _dense("lm_head", config.vocab_size, self.dtype)

@@ -16,6 +16,7 @@ from jaxquant.models.config import FAMILIES, DecoderConfig, from_hf
 from jaxquant.models.decoder import Decoder, Layers, window_sizes
 from jaxquant.models.family import VALUES
 from jaxquant.models.names import parameter_shapes
+from jaxquant.models.stacking import layer_path
 from jaxquant.transforms.fold import FoldPair
 from jaxquant.transforms.quantized import quantized
 from jaxquant.transforms.recipe import unscaled
@@ -29,11 +30,13 @@ class Model:
       config: what is computed.
       dtype: the dtype of the computation, whatever the parameters are stored in.
       hf_config: the Hugging Face configuration it was made from, as JSON.
+      stacked: whether the parameters of its layers are stacked; see `models.stacking`.
     """
 
     config: DecoderConfig
     dtype: np.dtype
     hf_config: str
+    stacked: bool = True
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any], dtype: DTypeLike = "float32") -> "Model":
@@ -49,16 +52,16 @@ class Model:
         from its end, see `check_tokens`. Equal models have the very same function, so whatever was compiled for it is
         found again.
         """
-        return _apply(self.config, self.dtype)
+        return _apply(self.config, self.dtype, self.stacked)
 
     @property
     def blocks(self) -> "Blocks":
-        """The same function in pieces, for models that are handled a few layers at a time."""
+        """The same function in pieces, for models that are handled a few (stacked) layers at a time."""
         return _blocks(self.config, self.dtype)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Returns random parameters, float32, kernels of the layers stacked to `[layers, in, out]`."""
-        return Decoder(self.config, self.dtype).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        """Returns random parameters, float32; if stacked, kernels of the layers are `[layers, in, out]`."""
+        return Decoder(self.config, self.dtype, self.stacked).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def recipe(self, config, *, foldable: bool = False) -> list[tuple[str, Any]]:
         """Returns the rules that give every linear layer `config` and leave everything else alone.
@@ -83,7 +86,8 @@ class Model:
         rules = [("layers/.*/kernel", config)]
         if foldable and hasattr(config, "channel_scale"):
             readers = {path for pair in self.fold_pairs for path in pair.readers}
-            kernels = [path for path in parameter_shapes(self.config) if re.fullmatch("layers/.*/kernel", path)]
+            paths = parameter_shapes(self.config, self.stacked)
+            kernels = [path for path in paths if re.fullmatch("layers/.*/kernel", path)]
             rules = [(path, unscaled(config)) for path in kernels if path not in readers] + rules
         return rules
 
@@ -95,7 +99,11 @@ class Model:
         can be moved.
         """
         shared = self.config.num_heads != self.config.num_kv_heads
-        return tuple(pair for pair in FAMILIES[self.config.architecture].fold_pairs if not (shared and pair == VALUES))
+        pairs = FAMILIES[self.config.architecture].fold_pairs
+        pairs = tuple(pair for pair in pairs if not (shared and pair == VALUES))
+        if self.stacked:
+            return pairs
+        return tuple(_of_layer(pair, layer) for layer in range(self.config.num_layers) for pair in pairs)
 
     def check_tokens(self, tokens) -> None:
         """Raises ValueError, naming the first one, if a token is outside the vocabulary, or if they are no integers.
@@ -112,6 +120,10 @@ class Model:
                 f"token {tokens[position]} at position {list(position)} is outside the vocabulary: ids are 0 to "
                 f"{self.config.vocab_size - 1}"
             )
+
+
+def _of_layer(pair: FoldPair, layer: int) -> FoldPair:
+    return FoldPair(*(tuple(layer_path(path, layer) for path in paths) for paths in pair))
 
 
 class Blocks(NamedTuple):
@@ -146,8 +158,8 @@ def _blocks(config: DecoderConfig, dtype: np.dtype) -> Blocks:
 
 
 @functools.lru_cache(maxsize=32)
-def _apply(config: DecoderConfig, dtype: np.dtype) -> Callable[[Any, jax.Array], jax.Array]:
-    decoder = Decoder(config, dtype)
+def _apply(config: DecoderConfig, dtype: np.dtype, stacked: bool) -> Callable[[Any, jax.Array], jax.Array]:
+    decoder = Decoder(config, dtype, stacked)
 
     @jax.jit  # without it, every call from Python would trace and compile the scan over the layers again
     def apply(params, tokens):

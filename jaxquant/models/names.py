@@ -19,13 +19,14 @@ from flax import traverse_util
 from jaxquant.models.config import FAMILIES, DecoderConfig
 from jaxquant.models.decoder import Decoder
 from jaxquant.models.family import TensorName
+from jaxquant.models.stacking import is_stacked, layer_path
 
 
 @functools.lru_cache(maxsize=32)  # the shapes come from a trace
-def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+def parameter_shapes(config: DecoderConfig, stacked: bool = True) -> Mapping[str, tuple[int, ...]]:
     """Returns the shape of every parameter of the decoder, by path ("layers/mlp/up_proj/kernel")."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(Decoder(config, jnp.dtype("float32")).init, jax.random.key(0), tokens)
+    variables = jax.eval_shape(Decoder(config, jnp.dtype("float32"), stacked).init, jax.random.key(0), tokens)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     return MappingProxyType({path: leaf.shape for path, leaf in flat.items()})
 
@@ -60,18 +61,19 @@ def _params(config, entries: list[TensorName], tensors: Mapping[str, Any], layer
 def tensors_from_params(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the tensors of a checkpoint, by their Hugging Face names; the inverse of `params_from_tensors`.
 
-    Plain arrays come back as contiguous NumPy arrays, as safetensors' writer requires, in the checkpoint's `[out, in]`;
-    quantized leaves come back unstacked. Raises ValueError when the paths are not those of the decoder.
+    Layers may be stacked or not. Plain arrays come back as contiguous NumPy arrays, as safetensors' writer requires, in
+    the checkpoint's `[out, in]`; quantized leaves come back unstacked. Raises ValueError when the paths are not those
+    of the decoder.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    expected = {entry.path for entry in _entries(config)}
+    flat, stacked = traverse_util.flatten_dict(params, sep="/"), is_stacked(params)
+    expected = parameter_shapes(config, stacked).keys()
     if flat.keys() != expected:
         raise ValueError(
             f"params: missing {sorted(expected - flat.keys())}, left over {sorted(flat.keys() - expected)}; they must "
             f"be those of a {config.architecture} with {config.num_layers} layers"
         )
     return {
-        name: _to_tensor(entry, flat[entry.path], layer)
+        name: _to_tensor(entry, _of_layer(flat, entry, layer, stacked))
         for entry in _entries(config)
         for layer, name in enumerate(_names(config, entry))
     }
@@ -160,9 +162,15 @@ def _stack(leaves: Iterator[Any], count: int):
     return jax.tree.map(jnp.asarray, stacked)
 
 
-def _to_tensor(entry: TensorName, leaf, layer: int):
-    if entry.stacked:
-        leaf = jax.tree.map(lambda array: array[layer], leaf)
+def _of_layer(flat: Mapping[str, Any], entry: TensorName, layer: int, stacked: bool):
+    if not entry.stacked:
+        return flat[entry.path]
+    if not stacked:
+        return flat[layer_path(entry.path, layer)]
+    return jax.tree.map(lambda array: array[layer], flat[entry.path])
+
+
+def _to_tensor(entry: TensorName, leaf):
     if not _is_array(leaf):
         return leaf
     tensor = np.asarray(leaf)

@@ -1,0 +1,38 @@
+"""Two shapes of a parameter tree: layers stacked in one array per parameter, or each with a subtree of its own.
+
+Stacked layers ("layers/mlp/up_proj/kernel" is `[layers, in, out]`) are what a scan runs over: the program does not grow
+with the depth, but a stack is one array, and all of its layers are quantized alike. Unstacked ones
+("layers/0/mlp/up_proj/kernel", `[in, out]`) may each be quantized in another way.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def is_stacked(params: Any) -> bool:
+    """Whether the layers of a decoder's parameters are stacked. True for what is no decoder's parameters at all."""
+    layers = params.get("layers") if isinstance(params, Mapping) else None
+    return not (isinstance(layers, Mapping) and layers and all(str(name).isdecimal() for name in layers))
+
+
+def layer_path(path: str, layer: int) -> str:
+    """Where a parameter of one layer lies among unstacked ones; `path` is that of the stack."""
+    return path.replace("layers/", f"layers/{layer}/", 1)
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with their layers apart. QTensors stay what they are, without the layer axis."""
+    stack = params["layers"]
+    count = len(jax.tree.leaves(stack)[0])
+    return {**params, "layers": {str(i): jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)}}
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`; raises ValueError if layers are not quantized alike."""
+    first, *others = (params["layers"][name] for name in sorted(params["layers"], key=int))
+    if len(set(map(jax.tree.structure, (first, *others)))) > 1:
+        raise ValueError("layers are not quantized alike, and a stack of layers is one array")
+    return {**params, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), first, *others)}
