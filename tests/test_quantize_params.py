@@ -219,7 +219,9 @@ def statistics_of(k, *lead, tokens=200):
     kept, held = x[..., :-20, :], x[..., -20:, :]
     gram = jnp.einsum("...ti,...tj->...ij", kept, kept) / kept.shape[-2]
     size, count = jnp.abs(kept), jnp.full(lead, kept.shape[-2], jnp.float32)
-    return InputStatistics(gram, jnp.max(size, -2), jnp.mean(size, -2), count, jnp.zeros(lead), held)
+    return InputStatistics(
+        gram, -jnp.max(size, -2), jnp.max(size, -2), jnp.mean(size, -2), count, jnp.zeros(lead), held
+    )
 
 
 @pytest.mark.parametrize(
