@@ -39,8 +39,8 @@ def parts(fn, params, batch, recipe=None):
 
 
 def site(k):
-    """Bytes of the moments of one input: Gram matrix, sums and maxima, 128 held-out rows and ranks, two counts."""
-    return 4 * (k * k + 2 * k + 128 * k + 128 + 2)
+    """Bytes of the moments of one input: Gram matrix, sums, minima and maxima, 128 held-out rows and ranks, two counts."""
+    return 4 * (k * k + 3 * k + 128 * k + 128 + 2)
 
 
 def test_weights_that_share_an_input_are_counted_once():
