@@ -39,7 +39,7 @@ def parts(fn, params, batch, recipe=None):
 
 
 def site(k):
-    """Bytes of the moments of one input: Gram matrix, sums, minima and maxima, 128 held-out rows and ranks, two counts."""
+    """Bytes of the moments of an input: Gram matrix, sums, minima, maxima, 128 held-out rows and ranks, two counts."""
     return 4 * (k * k + 3 * k + 128 * k + 128 + 2)
 
 
