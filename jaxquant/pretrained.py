@@ -32,7 +32,7 @@ from jaxquant.models.names import (
     tensor_paths,
     tensors_from_params,
 )
-from jaxquant.models.stacking import is_stacked, stack_layers, unstack_layers
+from jaxquant.models.stacking import alike, is_stacked, stack_layers, unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.fold import fold
@@ -78,14 +78,15 @@ def load_pretrained(
         differently are to be stacked.
     """
     checkpoint = open_pretrained(name)
+    uneven = checkpoint.uneven
     if stacked is None:
-        stacked = checkpoint.uneven is None
-    elif stacked and checkpoint.uneven is not None:
-        raise ValueError(f"{checkpoint.directory}: {checkpoint.uneven}; load it with stacked=False")
+        stacked = uneven is None
+    if stacked and uneven is not None:
+        raise ValueError(f"{checkpoint.directory}: {uneven}; load it with stacked=False")
     params = checkpoint.params(stacked)
-    checkpoint = dataclasses.replace(checkpoint, model=dataclasses.replace(checkpoint.model, stacked=stacked))
     largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
-    return checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model, params
+    model = checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model
+    return dataclasses.replace(model, stacked=stacked), params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +123,13 @@ class Checkpoint:
 
     def params(self, stacked: bool) -> dict[str, Any]:
         """All parameters. Errors as `load_pretrained`."""
+        if isinstance(self.source, dict) and is_stacked(self.source) == stacked:
+            return self.source
         count = self.model.config.num_layers
         if stacked:
             return self.outer() | self.layers(range(count))
-        each = [unstack_layers(self.layers(range(i, i + 1)))["layers"]["0"] for i in range(count)]
-        return self.outer() | {"layers": {str(i): layer for i, layer in enumerate(each)}}
+        layers = {str(i): unstack_layers(self.layers(range(i, i + 1)))["layers"]["0"] for i in range(count)}
+        return self.outer() | {"layers": layers}
 
     @property
     def uneven(self) -> str | None:
@@ -135,8 +138,7 @@ class Checkpoint:
             return _uneven(self.model.config, self.source.specs)
         if not isinstance(self.source, dict) or is_stacked(self.source):
             return None
-        alike = len({jax.tree.structure(layer) for layer in self.source["layers"].values()}) == 1
-        return None if alike else f"its layers are not quantized alike, {_ONE_SPEC}"
+        return None if alike(self.source) else f"its layers are not quantized alike, {_ONE_SPEC}"
 
     def stored(self) -> Iterator[tuple[str, np.ndarray]]:
         """What the parameters are made of, one array at a time, by its name in the file. Not for quantized ones."""
@@ -244,8 +246,7 @@ def _open(directory: Path, storage: Any, config: DecoderConfig) -> Tensors | Com
     method = storage.get("quant_method") if isinstance(storage, dict) else storage
     if method != METHOD:
         raise ValueError(f"{directory / CONFIG}: quant_method={method!r} is not read; supported: {METHOD}")
-    tensors = CompressedTensors(directory, storage, _classes(config))
-    return tensors
+    return CompressedTensors(directory, storage, _classes(config))
 
 
 def _uneven(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> str | None:

@@ -124,7 +124,7 @@ def model():
     return params, 4 * jax.random.normal(keys[2], (8, 40, K))
 
 
-def test_choose_statics_come_from_calibration():
+def test_static_scales_come_from_calibration():
     """The scale is the largest input of each layer over 127.5, tokens included that are held out of the means."""
     params, x = model()
     stats = jq.calibrate(layers, params, [x])
@@ -276,7 +276,7 @@ def test_dynamic_ranges_need_no_statistics_and_static_ones_do():
     [
         ({"bits": 9}, "bits=9 is not supported"),
         ({"granularity": "per_channel"}, "granularity='per_channel' of activations is neither"),
-        ({"static": True, "granularity": "per_token"}, "a static range is per_tensor"),
+        ({"static": True, "granularity": "per_token"}, "a static range is per_tensor; leave out static=True"),
         ({"static": 1}, "static=1 must be True or False"),
         ({"static": True, "range": "max"}, "range='max' is not one of absmax, percentile, mse"),
         ({"range": "mse"}, "range='mse' is for static ranges"),

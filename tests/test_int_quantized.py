@@ -298,7 +298,7 @@ def test_zero_points_of_zero_beside_symmetric_inputs_are_read(written):
     ("key", "value", "message"),
     [
         ("symmetric", False, "input_zero_point is missing"),
-        ("strategy", "token", "a static range is per_tensor"),
+        ("strategy", "token", "a static range is per_tensor; leave out static=True"),
         ("strategy", "group", "input_activations: strategy='group' is not supported"),
         ("dynamic", "local", "input_activations: dynamic='local' is not supported"),
         ("type", "float", "input_activations: type='float' is not supported"),

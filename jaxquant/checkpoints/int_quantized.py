@@ -25,7 +25,7 @@ from jaxquant.numerics.spec import QuantSpec
 
 FORMAT = "int-quantized"
 INPUT_ZERO = "input_zero_point"
-DTYPES = {"weight": "int8", "weight_zero_point": "int8", "input_zero_point": "int8"}  # scales are floats
+DTYPES = {"weight": "int8", "weight_zero_point": "int8", INPUT_ZERO: "int8"}  # scales are floats
 REQUIRED = {"weight"}
 PARTS = ("weight_scale", "weight_zero_point", "input_scale", INPUT_ZERO)  # beside `weight`, which floats have too
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.activations import Qparams, divide_channels, round_input, static_qparams
-from jaxquant.numerics.affine import scaled_dense
+from jaxquant.numerics.activations import divide_channels, round_input, static_qparams
+from jaxquant.numerics.affine import Qparams, scaled_dense
 from jaxquant.numerics.qtensor import QTensor
 
 

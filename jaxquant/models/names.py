@@ -25,8 +25,13 @@ from jaxquant.models.stacking import is_stacked, layer_path
 @functools.lru_cache(maxsize=32)  # the shapes come from a trace
 def parameter_shapes(config: DecoderConfig, stacked: bool = True) -> Mapping[str, tuple[int, ...]]:
     """Returns the shape of every parameter of the decoder, by path ("layers/mlp/up_proj/kernel")."""
+    if not stacked:
+        shapes = parameter_shapes(config)
+        layers = {path: shape for path, shape in shapes.items() if path.startswith("layers/")}
+        apart = {layer_path(p, i): shape[1:] for i in range(config.num_layers) for p, shape in layers.items()}
+        return MappingProxyType({path: shapes[path] for path in shapes.keys() - layers.keys()} | apart)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(Decoder(config, jnp.dtype("float32"), stacked).init, jax.random.key(0), tokens)
+    variables = jax.eval_shape(Decoder(config, jnp.dtype("float32")).init, jax.random.key(0), tokens)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     return MappingProxyType({path: leaf.shape for path, leaf in flat.items()})
 

@@ -30,9 +30,14 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     return {**params, "layers": {str(i): jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)}}
 
 
+def alike(params: Mapping[str, Any]) -> bool:
+    """Whether all of some unstacked layers are quantized in the same way, so that they can be stacked."""
+    return len(set(map(jax.tree.structure, params["layers"].values()))) == 1
+
+
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `unstack_layers`; raises ValueError if layers are not quantized alike."""
-    first, *others = (params["layers"][name] for name in sorted(params["layers"], key=int))
-    if len(set(map(jax.tree.structure, (first, *others)))) > 1:
+    if not alike(params):
         raise ValueError("layers are not quantized alike, and a stack of layers is one array")
+    first, *others = (params["layers"][name] for name in sorted(params["layers"], key=int))
     return {**params, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), first, *others)}

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.affine import choose_qparams, decode, encode, fake_quantize
+from jaxquant.numerics.affine import Qparams, choose_qparams, decode, encode, fake_quantize
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, compute_dtype
 from jaxquant.numerics.statistics import InputStatistics, divided
-
-Qparams = tuple[jax.Array, jax.Array | None]  # scale and zero point; None if symmetric
 
 PERCENTILE = 99.9  # of the inputs that a range of that kind covers
 SHRINKS = 50  # ranges that are tried for the smallest error

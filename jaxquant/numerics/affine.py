@@ -30,10 +30,12 @@ from jaxquant.numerics.layout import check_layout, from_canonical, to_canonical
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec, compute_dtype
 
+Qparams = tuple[jax.Array, jax.Array | None]  # scales and zero points; None if symmetric
+
 
 def choose_qparams(
     x: jax.Array, spec: QuantSpec, *, contract: Sequence[int] | None = None, out: Sequence[int] | None = None
-) -> tuple[jax.Array, jax.Array | None]:
+) -> Qparams:
     """Scales and zero points from the extremes of the data.
 
     Args:

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.affine import decode, encode, per_code
+from jaxquant.numerics.affine import Qparams, decode, encode, per_code
 from jaxquant.numerics.spec import QuantSpec
 
 RIDGE = 1e-6  # of the mean diagonal; groups whose inputs are always zero make the system singular
 ROWS = 64  # whose residual is computed at once
 COLUMNS = 128  # whose systems are set up at once
-
-Qparams = tuple[jax.Array, jax.Array | None]
 
 
 def refine(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.affine import choose_qparams, decode, encode, per_code
+from jaxquant.numerics.affine import Qparams, choose_qparams, decode, encode, per_code
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec, compute_dtype
 
@@ -33,9 +33,7 @@ def check_clip(clip: str | None) -> None:
         raise ValueError(f"clip={clip!r} is not one of {', '.join(get_args(Clip))}, or None for none")
 
 
-def find_qparams(
-    w: jax.Array, spec: QuantSpec, clip: Clip | None, gram: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
+def find_qparams(w: jax.Array, spec: QuantSpec, clip: Clip | None, gram: jax.Array | None) -> Qparams:
     """Scales and zero points of rounding to nearest.
 
     Args:

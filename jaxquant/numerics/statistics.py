@@ -5,7 +5,7 @@ merged in any order. `InputStatistics` is the finished form that methods read.
 """
 
 import dataclasses
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ WIDE = 512  # channels from which on that saves time
 EMPTY = np.uint32(0xFFFFFFFF)  # the rank of a row of the sample that is not filled
 
 
-@functools.partial(
+@partial(
     jax.tree_util.register_dataclass,
     data_fields=["gram", "abs_sum", "lowest", "highest", "count", "dropped", "rows", "rank"],
     meta_fields=[],
@@ -50,7 +50,7 @@ class Moments:
     rank: jax.Array
 
 
-@functools.partial(
+@partial(
     jax.tree_util.register_dataclass,
     data_fields=["gram", "lowest", "highest", "mean_abs", "count", "dropped", "held_out"],
     meta_fields=[],
@@ -159,7 +159,7 @@ def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Mome
     gram = lax.ragged_dot_general(kept, kept, groups, dims, precision=lax.Precision.HIGHEST)
     share = member.astype(x.dtype)
     abs_sum = jnp.matmul(share, jnp.abs(kept), precision=lax.Precision.HIGHEST)
-    lowest, highest = lax.map(functools.partial(_extremes, x), member & finite)
+    lowest, highest = lax.map(partial(_extremes, x), member & finite)
     count = jnp.sum(member & finite & ~held, -1, dtype=x.dtype)
     dropped = jnp.sum(member & ~finite, -1, dtype=x.dtype)
     order = jnp.where(member & finite & held, rank, EMPTY)
