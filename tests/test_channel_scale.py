@@ -85,6 +85,22 @@ def test_awq_takes_the_best_of_both_of_its_forms(symmetric):
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("spec", [INT4, jq.int4(), jq.int4(symmetric=False)], ids=["group", "channel", "asymmetric"])
+def test_after_clipping_by_the_output_no_scale_of_awq_can_be_bettered(spec):
+    x, w = outlying(dtype=np.float64), weights(K, N, dtype=np.float64)
+    q, _ = jq.AWQ(spec, grid=4).quantize(jnp.asarray(w), statistics_of(x))
+    gram = x.T @ x / len(x)
+
+    def errors(scale):
+        delta = np.asarray(dequantize(dataclasses.replace(q, scale=scale))) - w
+        return np.sum(delta * (gram @ delta), 0)  # of each column
+
+    for group in range(len(q.scale)):
+        for factor in (0.99, 1.01):
+            assert np.all(errors(q.scale) <= errors(q.scale.at[group].multiply(factor)))
+
+
+@pytest.mark.usefixtures("float64")
 def test_a_chain_hands_scaled_weights_and_divided_inputs_on():
     x, w = outlying(dtype=np.float64), jnp.asarray(weights(K, N, dtype=np.float64))
     q, info = jq.Chain(jq.SmoothQuant(0.5), jq.GPTQ(INT4)).quantize(w, statistics_of(x))

@@ -13,6 +13,8 @@ Differences from the original code:
 - Both forms of s are tried, and so is none (s = 1).
 - Every weight is scaled, whether or not a norm or linear layer comes before it: products divide their input. Weights
   that share their inputs share s.
+- After clipping by the error of the output, the scales of a column are fitted to that error jointly, codes staying as
+  they are: clipping judged each group on its own, and what one leaves over another can take up.
 - A channel that is always zero keeps s = 1.
 """
 
@@ -28,6 +30,7 @@ from jaxquant.numerics.affine import scaled_dense
 from jaxquant.numerics.channel_scale import Facts, normalized, scale_and_quantize
 from jaxquant.numerics.output_error import product
 from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.refine import refit_scales
 from jaxquant.numerics.scale_search import Clip, check_clip, clipped
 from jaxquant.numerics.spec import QuantSpec, check_weight_spec
 from jaxquant.numerics.statistics import InputStatistics
@@ -40,7 +43,7 @@ class AWQ:
     Attributes:
       spec: bits, symmetry and granularity of the result.
       clip: the error by which ranges are clipped after the scale is chosen (see `numerics.scale_search`); None does not
-        clip. Not read where AWQ is a step of a `Chain`.
+        clip. After "output" the scales of each column are fitted jointly. Not read where AWQ is a step of a `Chain`.
       grid: values of r that are tried.
 
     Raises:
@@ -78,8 +81,12 @@ class AWQ:
         return scale_of(chosen), {"ratio": ratios[chosen % self.grid]}
 
     def quantize_scaled(self, w: jax.Array, stats: InputStatistics) -> tuple[QTensor, Facts]:
-        """Clips, and rounds to nearest."""
-        return clipped(w, self.spec, self.clip, stats.gram), {}
+        """Clips, rounds to nearest, and after clip="output" fits the scales of each column to the codes."""
+        q = clipped(w, self.spec, self.clip, stats.gram)
+        if self.clip != "output" or self.spec.granularity == "per_tensor":
+            return q, {}
+        fitted = refit_scales(w.astype(stats.gram.dtype), stats.gram, q.codes, (q.scale, q.zero_point))
+        return dataclasses.replace(q, scale=fitted), {}
 
     def quantize(self, w: jax.Array, stats: InputStatistics | None) -> tuple[QTensor, Facts]:
         """Quantizes `w` `[in, out]`; returns the QTensor and `ratio`. Raises ValueError without statistics."""
