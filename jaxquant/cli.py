@@ -40,7 +40,7 @@ DATA_HELP = "file of text (.txt, .jsonl with a text field) or token ids (.npy, f
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for bad input (one line says which), 2 for a wrong usage."""
+    """Runs one command. The exit status: 0; 1 for bad input (one line says which), 2 for usage, 130 if interrupted."""
     args = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # what this package raises for bad input; anything else is a defect
         print(f"jaxquant: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("jaxquant: interrupted", file=sys.stderr)
+        return 130  # as a shell reports a process that was interrupted
     return 0
 
 

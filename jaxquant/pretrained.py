@@ -74,8 +74,8 @@ def load_pretrained(
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
-      ValueError: a file is damaged, the architecture or the quantization is not supported, or layers that are quantized
-        differently are to be stacked.
+      ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is not floating, or
+        layers that are quantized differently are to be stacked.
     """
     checkpoint = open_pretrained(name)
     uneven = checkpoint.uneven
@@ -83,6 +83,8 @@ def load_pretrained(
         stacked = uneven is None
     if stacked and uneven is not None:
         raise ValueError(f"{checkpoint.directory}: {uneven}; load it with stacked=False")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype!r} is no floating dtype to compute in; try 'float32', 'bfloat16' or None")
     params = checkpoint.params(stacked)
     largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
     model = checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model

@@ -9,6 +9,24 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compilation_cache(tmp_path_factory):
+    """Where programs are kept, once a module has ended, for others; each worker has its own."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of all programs when a module has ended.
+
+    Each takes several mappings of memory, and a process may have no more than 65,530 on Linux: beyond, it crashes.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,28 +1,14 @@
 """What calibration compiles and computes."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from checks import quick_compilation  # noqa: F401
+from compilations import compilations
 from functions import CASES, normal
 from streams import check_mlp, mlp, mlp_params, stream
 
 from jaxquant.transforms.calibrate import _Program, calibrate
-
-COMPILED: list = []  # durations of all compilations of this process
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, seconds, **_: COMPILED.append(seconds) if name.endswith("backend_compile_duration") else None
-)
-
-
-@contextlib.contextmanager
-def compilations():
-    """A list that counts what is compiled in the context."""
-    start, seen = len(COMPILED), []
-    yield seen
-    seen.extend([1] * (len(COMPILED) - start))
 
 
 def test_equal_shapes_trace_and_compile_once():

@@ -360,6 +360,14 @@ DAMAGED_SHARDS = {
 }
 
 
+def test_a_shard_that_disappears_is_named(tmp_path, monkeypatch):
+    sharded(tmp_path, monkeypatch)
+    tensors = Tensors(tmp_path)
+    (tmp_path / FIRST).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{FIRST} has disappeared"):
+        tensors["a"]
+
+
 @pytest.mark.parametrize("damage", DAMAGED_SHARDS)
 def test_damaged_shards_are_one_clear_error(tmp_path, monkeypatch, damage):
     sharded(tmp_path, monkeypatch)

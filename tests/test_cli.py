@@ -297,6 +297,17 @@ def test_usage_errors(capsys):
         assert "usage:" in capsys.readouterr().err
 
 
+def test_an_interrupted_command_says_so_in_a_line(checkpoint, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxquant.workflows.quantize_blocks", interrupt)
+    status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "q"))
+    assert (status, text) == (130, "")
+    assert error.strip().splitlines()[-1] == "jaxquant: interrupted"
+    assert not (tmp_path / "q").exists()
+
+
 def test_module_runs():
     result = subprocess.run([sys.executable, "-m", "jaxquant", "--help"], capture_output=True, text=True, check=True)
     for command in ("demo", "quantize", "evaluate", "inspect"):

@@ -282,7 +282,7 @@ def test_codes_that_read_back_differently_are_an_error(tmp_path, monkeypatch):
         ({"weight_shape": np.array([8, -64])}, "two sizes are expected"),
         ({"weight_shape": np.ones(2, np.float32)}, "two sizes are expected"),
         ({"weight_shape": np.array([8, 2**60])}, "which does not fit QuantSpec"),
-        ({"weight_shape": np.array([8, 62])}, "group_size=32 does not divide"),
+        ({"weight_shape": np.array([8, 62])}, "q_proj: group_size=32 does not divide"),
         ({"weight_packed": np.zeros((8, 8), np.int64)}, r"q_proj.weight_packed is int64\[8, 8\], which does not"),
         (
             {"weight_packed": np.zeros((8, 9), np.int32)},

@@ -161,8 +161,16 @@ def test_bad_tokens_and_windows_are_refused(setup, tokens, options, message):
 def test_predictions_that_are_not_finite_are_refused(setup):
     table = setup[0].copy()
     table[3, 3] = np.nan
-    with pytest.raises(ValueError, match="not finite"):
-        perplexity(bigram, table, setup[2])
+    with pytest.raises(ValueError, match="not finite: the parameter 'table' holds NaN or infinity"):
+        perplexity(lambda params, tokens: bigram(params["table"], tokens), {"table": table}, setup[2])
+    with pytest.raises(ValueError, match=r"not finite: .* its parameters are finite"):
+        perplexity(lambda params, tokens: bigram(params, tokens) / 0, setup[0], setup[2])
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_without_windows_is_refused(setup, size):
+    with pytest.raises(ValueError, match=f"batch_size={size} must be 1 or more"):
+        perplexity(bigram, setup[0], setup[2], batch_size=size)
 
 
 def tokenize(text):

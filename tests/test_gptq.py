@@ -228,7 +228,8 @@ def control_flow(jaxpr):
 def test_stacking_batches_no_loop_bound_and_no_branch(act_order):
     """Only the loop over dampings decides by all matrices of a stack, where a stack runs at once."""
     x, w = np.stack([correlated(32, 64)] * 3), weights(3, 32, 4)
-    solve = functools.partial(gptq_module._gptq, GPTQ(int4(group_size=16), act_order=act_order))
+    config = GPTQ(int4(group_size=16), act_order=act_order)
+    solve = functools.partial(gptq_module._gptq, config, (config.spec.bits,))
     gram = statistics_of(x).gram
     one = control_flow(jax.make_jaxpr(solve)(w[0], gram[0]))
     stack = control_flow(jax.make_jaxpr(jax.vmap(solve))(w, gram))

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from functions import normal
-from test_calibrate_cost import compilations
 
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
+from jaxquant.numerics.bits import split_bits
 from jaxquant.numerics.spec import int4, int8
 from jaxquant.transforms import calibrate as calibrate_module
 from jaxquant.transforms import memory
@@ -123,7 +124,7 @@ def test_nothing_is_compiled_twice(place):
     (spans, size), *rest = chunks(jobs)
     given = jax.tree.map(lambda *a: jnp.concatenate(a), *[span.matrices() for span in spans])
     with compilations() as seen:
-        quantize_module._run(config, *given)
+        quantize_module._run(*split_bits(config), *given)
     assert (len(seen), rest, size) == (0, [], 3)
 
 

@@ -136,7 +136,10 @@ class CompressedTensors(Mapping[str, Any]):
         spec = self.specs[f"{module}.weight"]
         layout = LAYOUTS[format_of(spec)]
         missing = sorted(layout.REQUIRED - found)
-        shapes = {} if missing else layout.shapes(*self._matrix_shape(module, spec), spec)
+        try:
+            shapes = {} if missing else layout.shapes(*self._matrix_shape(module, spec), spec)
+        except ValueError as error:  # its groups do not divide the inputs
+            raise ValueError(f"{module}: {error}") from error
         missing += sorted(shapes.keys() - found)
         if missing:
             raise ValueError(
@@ -165,7 +168,7 @@ class CompressedTensors(Mapping[str, Any]):
             stored = self._tensors[f"{module}.weight_shape"]
             shape = tuple(stored.tolist()) if stored.ndim == 1 and np.issubdtype(stored.dtype, np.integer) else ()
         if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(f"{module}: the shape of its weight is {list(shape)}, but two sizes are expected")
+            raise ValueError(f"the shape of its weight is {list(shape)}, but two sizes are expected")
         return shape[0], shape[1]
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from jaxquant.checkpoints.directory import new_directory
 from jaxquant.checkpoints.json_file import read_json, write_json
 from jaxquant.checkpoints.tensors import STORABLE, Tensors, check_scale, write_tensors
-from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
+from jaxquant.numerics.qtensor import QTensor, is_packed
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
 HEADER = "jaxquant.json"
@@ -240,7 +240,7 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
     zero = q.input_zero_point
     if spec.activations is not None and zero is not None:
         _check_codes("input_zero_point", zero, spec.activations.spec)
-    every = spec.bits <= PACKED_BITS or spec.bits == 8  # then what is stored can be no other code of the full range
+    every = is_packed(spec) or spec.bits == 8  # then what is stored can be no other code of the full range
     for name in ("zero_point",) if every and not spec.narrow_range else ("codes", "zero_point"):
         if getattr(q, name) is not None:
             _check_codes(name, getattr(q, name), spec)

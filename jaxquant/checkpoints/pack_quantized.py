@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.numerics.packing import pack_bits, packed_size, unpack_bits
-from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
+from jaxquant.numerics.qtensor import QTensor, is_packed
 from jaxquant.numerics.spec import QuantSpec
 
 FORMAT = "pack-quantized"
@@ -60,7 +60,7 @@ def pack(q: QTensor) -> dict[str, np.ndarray]:
     """A QTensor of one matrix as the arrays of the format."""
     k, n = math.prod(q.in_shape), q.values.shape[-1]
     bits = q.spec.bits
-    rows = np.asarray(q.values).T if bits <= PACKED_BITS else np.asarray(_pack_rows(q.unsigned_codes, bits))
+    rows = np.asarray(q.values).T if is_packed(q.spec) else np.asarray(_pack_rows(q.unsigned_codes, bits))
     arrays = {"weight_packed": _as_words(rows, k, bits), "weight_scale": np.ascontiguousarray(np.asarray(q.scale).T)}
     if q.zero_point is not None:
         zeros = np.asarray(_pack_rows(q.unsigned_zero_point.T, bits))
@@ -78,7 +78,7 @@ def unpack(arrays: Mapping[str, np.ndarray], spec: QuantSpec) -> QTensor:
         packed = _rearranged(packed, k, spec.bits)
     rows = _as_bytes(packed, k, spec.bits)
     scales = jnp.asarray(scale.T)
-    if spec.bits <= PACKED_BITS:
+    if is_packed(spec):
         return QTensor(jnp.asarray(rows.T), scales, zeros, spec, scale.dtype.name, (-2,), (-1,), (k,))
     return QTensor.from_codes(_codes(rows, k, spec.bits), scales, zeros, spec, dtype=scale.dtype)
 

@@ -69,6 +69,8 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         place = self._places[name]
         array = np.empty(place.shape, place.dtype)
+        if not place.file.is_file():
+            raise FileNotFoundError(f"{place.file} has disappeared while it was read; download or write it again")
         with open(place.file, "rb") as file:
             file.seek(place.start)
             if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.evaluation.windows import batches, cut_windows
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms.tracing.interpreter import named_leaves
 
 LogitsFunction = Callable[[Any, jax.Array], jax.Array]  # (params, tokens [batch, time]) -> [batch, time, vocab]
 
@@ -75,7 +77,7 @@ def perplexity(
     def sums(window, scored):
         return (_loss_sums(fn, params, window, scored),)
 
-    count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress)
+    count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress, params)
     return _perplexity(loss, count)
 
 
@@ -111,7 +113,8 @@ def compare(
     def sums(window, scored):
         return _paired_sums(fn, baseline_fn or fn, params, baseline_params, window, scored)
 
-    count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress)
+    held = (params, baseline_params)
+    count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress, *held)
     return Comparison(
         tokens=int(count.sum()),
         perplexity=_perplexity(loss, count),
@@ -122,8 +125,8 @@ def compare(
     )
 
 
-def _over_windows(sums, tokens, context, stride, batch_size, progress):
-    """Scored tokens per window, and each measure's sum per window."""
+def _over_windows(sums, tokens, context, stride, batch_size, progress, *params):
+    """Scored tokens per window, and each measure's sum per window. `params` are those that `sums` uses."""
     windows = cut_windows(tokens, context, stride)
     total, results = len(windows.tokens), []
     for i, batch in enumerate(batches(windows, batch_size)):
@@ -132,10 +135,16 @@ def _over_windows(sums, tokens, context, stride, batch_size, progress):
             progress(min((i + 1) * batch_size, total), total)
     measures = [np.concatenate(parts)[:total] for parts in zip(*results, strict=True)]
     if not all(np.isfinite(m).all() for m in measures):
-        raise ValueError(
-            "a prediction is not finite: the parameters hold NaN or infinity, or a token is no vocabulary id"
-        )
+        raise ValueError(f"a prediction is not finite: {_why_not_finite(params)}")
     return windows.scored.sum(1), measures
+
+
+def _why_not_finite(trees) -> str:
+    for tree in trees:
+        for path, leaf in named_leaves(tree, is_qtensor):
+            if not all(np.isfinite(np.asarray(a, np.float64)).all() for a in jax.tree.leaves(leaf)):
+                return f"the parameter '{path}' holds NaN or infinity"
+    return "a token is no vocabulary id, or the function overflows; its parameters are finite"
 
 
 def _estimate(sums: np.ndarray, count: np.ndarray) -> Estimate:

@@ -63,7 +63,13 @@ def _cut(stream: np.ndarray, context: int, stride: int) -> Iterator[tuple[np.nda
 
 
 def batches(windows: Windows, size: int) -> Iterator[Windows]:
-    """Batches of `size` windows; the last is filled up with windows in which nothing is scored."""
+    """Batches of `size` windows; the last is filled up with windows in which nothing is scored.
+
+    Raises:
+      ValueError: the size is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size={size} must be 1 or more windows")
     for i in range(0, len(windows.tokens), size):
         part = jax.tree.map(lambda a, i=i: a[i : i + size], windows)
         short = size - len(part.tokens)

@@ -54,6 +54,7 @@ class AWQ:
     clip: Clip | None = "output"
     grid: int = 20
     needs_statistics: ClassVar[bool] = True
+    any_bits: ClassVar[bool] = True
 
     def __post_init__(self):
         check_weight_spec(self.spec)

@@ -42,6 +42,7 @@ from jax.scipy.linalg import solve_triangular
 
 from jaxquant.numerics.affine import decode, encode
 from jaxquant.numerics.batching import one_by_one_on_cpu
+from jaxquant.numerics.bits import join_bits, packed, split_bits, unpacked
 from jaxquant.numerics.linalg import damped_udu
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.refine import refine
@@ -77,6 +78,7 @@ class GPTQ:
     clip: Clip | None = None
     refine: int = 0
     needs_statistics: ClassVar[bool] = True
+    any_bits: ClassVar[bool] = True
 
     def __post_init__(self):
         check_weight_spec(self.spec)
@@ -116,7 +118,9 @@ def gptq(w: jax.Array, stats: InputStatistics | None, config: GPTQ) -> tuple[QTe
       TypeError: w is not floating.
     """
     gram = _checked_gram(w, stats, config.spec)
-    return _compiled(config)(w, gram)
+    any_bits, bits = split_bits(config)
+    q, info = _compiled(any_bits)(bits, w, gram)
+    return packed(q, config), info
 
 
 @functools.cache
@@ -124,7 +128,8 @@ def _compiled(config: GPTQ) -> Callable:
     return jax.jit(one_by_one_on_cpu(functools.partial(_gptq, config)))
 
 
-def _gptq(config: GPTQ, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[str, jax.Array]]:
+def _gptq(config: GPTQ, bits, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[str, jax.Array]]:
+    config = join_bits(config, bits)
     k, block = w.shape[0], _block_rows(config)
     pad = (0, -k % block)  # rows of padding are channels that saw no input: nothing couples to them
     rows, gram = jnp.pad(w.astype(gram.dtype), (pad, (0, 0))), jnp.pad(gram, (pad, pad))
@@ -150,7 +155,7 @@ def _gptq(config: GPTQ, w: jax.Array, gram: jax.Array) -> tuple[QTensor, dict[st
         "escalated": factor.retries > 0,
         "dead_channels": jnp.sum(dead[:k], dtype=jnp.int32),
     }
-    return QTensor.from_codes(codes[:k], scale, zero_point, config.spec, dtype=w.dtype), info
+    return unpacked(QTensor.from_codes(codes[:k], scale, zero_point, config.spec, dtype=w.dtype)), info
 
 
 def _checked_gram(w, stats, spec):

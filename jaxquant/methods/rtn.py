@@ -4,6 +4,7 @@ The baseline of every other method, and what they fall back to where there is no
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -29,6 +30,7 @@ class RTN:
 
     spec: QuantSpec
     clip: Clip | None = None
+    any_bits: ClassVar[bool] = True
 
     def __post_init__(self):
         check_weight_spec(self.spec)

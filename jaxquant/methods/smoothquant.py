@@ -48,6 +48,7 @@ class SmoothQuant:
     alpha: float | None = 0.5
     spec: QuantSpec = W8A8
     needs_statistics: ClassVar[bool] = True
+    any_bits: ClassVar[bool] = True
 
     def __post_init__(self):
         check_weight_spec(self.spec)

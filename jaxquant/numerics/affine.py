@@ -120,7 +120,8 @@ def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: Q
     steps = jnp.round(x.astype(dtype) * (1 / scale.astype(dtype)))
     if zero_point is not None:
         steps += zero_point.astype(dtype)
-    return jnp.clip(steps, spec.min_code, spec.max_code).astype(jnp.int8)  # clipped first: float→int casts truncate
+    low, high = _limits(spec, dtype)
+    return jnp.clip(steps, low, high).astype(jnp.int8)  # clipped first: float→int casts truncate
 
 
 def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, dtype=None) -> jax.Array:
@@ -169,12 +170,18 @@ def _range_to_scale(w, spec, n_out, scale_dtype):
     half = jnp.maximum(-low, high) if spec.symmetric else high * 0.5 - low * 0.5  # the whole could overflow
     smallest = max(float(jnp.finfo(scale_dtype).smallest_subnormal), float(jnp.finfo(w.dtype).tiny))
     largest = min(float(jnp.finfo(d).max) for d in (scale_dtype, w.dtype))
-    scale = jnp.clip(half * (2 / spec.steps), smallest, largest)
+    scale = jnp.clip(half * (2 / jnp.asarray(spec.steps, w.dtype)), smallest, largest)
     scale = jnp.where(half > 0, scale, jnp.ones_like(scale)).astype(scale_dtype)
     if spec.symmetric:
         return scale, jnp.zeros(scale.shape, w.dtype)
-    zero = jnp.round(spec.min_code - low * (1 / scale.astype(w.dtype)))
-    return scale, jnp.clip(zero, spec.min_code, spec.max_code)
+    min_code, max_code = _limits(spec, w.dtype)
+    zero = jnp.round(min_code - low * (1 / scale.astype(w.dtype)))
+    return scale, jnp.clip(zero, min_code, max_code)
+
+
+def _limits(spec, dtype):
+    """The smallest and the largest code, scalars of `dtype`."""
+    return jnp.asarray(spec.min_code, dtype), jnp.asarray(spec.max_code, dtype)
 
 
 def _extremes(w, spec, n_out):

@@ -77,7 +77,7 @@ class QTensor:
         """Packs signed int8 codes `[*lead, K, *out]`; the other arguments are the attributes above."""
         axis = codes.ndim - 1 - len(out)
         in_shape = (codes.shape[axis],) if in_shape is None else tuple(in_shape)
-        if spec.bits <= PACKED_BITS:
+        if is_packed(spec):
             codes = pack_bits(codes + jnp.int8(2 ** (spec.bits - 1)), spec.bits, axis)
         name = jnp.dtype(dtype).name
         return cls(codes, scale, zero_point, spec, name, tuple(contract), tuple(out), in_shape)
@@ -85,7 +85,7 @@ class QTensor:
     @property
     def codes(self) -> jax.Array:
         """Signed codes, int8 `[*lead, K, *out]`."""
-        if self.spec.bits > PACKED_BITS:
+        if not is_packed(self.spec):
             return self.values
         u = unpack_bits(self.values, self.spec.bits, math.prod(self.in_shape), self._axis)
         return u.astype(jnp.int8) - jnp.int8(2 ** (self.spec.bits - 1))
@@ -140,9 +140,8 @@ class QTensor:
         layout.check_layout(self.ndim, self.contract, self.out)
         if len(self.in_shape) != len(self.contract) or min(self.in_shape) < 0:
             raise ValueError(f"in_shape={self.in_shape} is no size for each of contract={self.contract}")
-        size, bits = math.prod(self.in_shape), self.spec.bits
-        packed = bits <= PACKED_BITS
-        rows = packed_size(size, bits) if packed else size
+        size, packed = math.prod(self.in_shape), is_packed(self.spec)
+        rows = packed_size(size, self.spec.bits) if packed else size
         _expect("values", self.values, jnp.uint8 if packed else jnp.int8, self.values.shape[self._axis] == rows)
         lead, out = self.values.shape[: self._axis], self.values.shape[self._axis + 1 :]
         out = (1,) * len(out) if self.spec.granularity == "per_tensor" else out
@@ -191,6 +190,11 @@ def _unsigned(codes, spec):  # codes - the smallest code of the width; int8 arit
 def _expect(name, array, dtype, right_shape):
     if array.dtype != dtype or not right_shape:
         raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, which contradicts the rest of the QTensor")
+
+
+def is_packed(spec: QuantSpec) -> bool:
+    """Whether codes are stored as a dense bitstream; those of a width that is not known yet are not."""
+    return isinstance(spec.bits, int) and spec.bits <= PACKED_BITS
 
 
 def is_qtensor(leaf) -> bool:

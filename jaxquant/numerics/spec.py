@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 
 Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
@@ -77,7 +78,7 @@ class QuantSpec:
     """How numbers become integer codes. Frozen and hashable: safe as a static argument of `jax.jit`.
 
     Attributes:
-      bits: width of a code, 2 to 8.
+      bits: width of a code, 2 to 8. Inside a compiled method it may be a traced integer (see `numerics.bits`).
       group_size: entries along the contracting axis that share a scale; None shares one scale along the whole axis.
       symmetric: codes are centred on zero and there is no zero point; otherwise the range is [min, max] of the data,
         widened to include 0.
@@ -100,7 +101,7 @@ class QuantSpec:
     activations: ActivationSpec | None = None
 
     def __post_init__(self):
-        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+        if not isinstance(self.bits, jax.core.Tracer) and (type(self.bits) is not int or not 2 <= self.bits <= 8):
             raise ValueError(f"bits={self.bits!r} is not supported; choose a whole number from 2 to 8")
         for name in ("symmetric", "narrow_range"):
             if type(getattr(self, name)) is not bool:
@@ -130,12 +131,12 @@ class QuantSpec:
     @property
     def min_code(self) -> int:
         """The smallest signed code."""
-        return -(2 ** (self.bits - 1)) + int(self.narrow_range)
+        return -(1 << (self.bits - 1)) + int(self.narrow_range)
 
     @property
     def max_code(self) -> int:
         """The largest signed code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def steps(self) -> int:

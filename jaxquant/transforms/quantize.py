@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.numerics.batching import one_by_one_on_cpu
+from jaxquant.numerics.bits import join_bits, packed, split_bits, unpacked
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms import choose, memory, sharing
@@ -204,9 +205,10 @@ def needed_memory(jobs: list[Job]) -> MemoryEstimate:
         if job.kind not in seen:
             seen.add(job.kind)
             types = job.types(size)
-            lowered = _run.lower(job.config, *types)
-            given, result = memory.types_bytes(types), memory.types_bytes(lowered.out_info)
-            running = given + memory.compiled_bytes(lowered.compile()) + result
+            lowered = _run.lower(*split_bits(job.config), *types)
+            kept = jax.eval_shape(functools.partial(packed, config=job.config), lowered.out_info[0])
+            given, result = memory.types_bytes(types), memory.types_bytes(kept)
+            running = given + memory.compiled_bytes(lowered.compile()) + memory.types_bytes(lowered.out_info) + result
             chunk = max(chunk, running, 2 * given)  # the matrices of several weights are put together first
         for span in spans:
             results[span.job] += math.ceil(result * span.size / size)
@@ -227,7 +229,9 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
         parts.append(jax.tree.map(lambda a: jnp.repeat(a[-1:], size - count, 0), parts[-1]))
     w, inputs, scale = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
     del parts  # or they would stay in memory while the method runs
-    q, facts = jax.block_until_ready(_run(spans[0].job.config, w, inputs, scale))
+    config = spans[0].job.config
+    q, facts = _run(*split_bits(config), w, inputs, scale)
+    q = jax.block_until_ready(packed(q, config))
     facts = jax.tree.map(np.asarray, facts)
     seconds = (time.perf_counter() - start) / count
     pieces, reports, first = [], [], 0
@@ -242,8 +246,12 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(config, w: jax.Array, inputs: InputStatistics | None, channel_scale: jax.Array | None = None):
-    return jax.vmap(one_by_one_on_cpu(functools.partial(solve_one, config)))(w, inputs, channel_scale)
+def _run(config, bits, w: jax.Array, inputs: InputStatistics | None, channel_scale: jax.Array | None = None):
+    def solve(bits, *arrays):
+        q, facts = solve_one(join_bits(config, bits), *arrays)
+        return unpacked(q), facts
+
+    return jax.vmap(one_by_one_on_cpu(solve), (None, 0, 0, 0))(bits, w, inputs, channel_scale)
 
 
 def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerReport:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.numerics.batching import one_by_one_on_cpu
+from jaxquant.numerics.bits import join_bits, split_bits
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.jobs import CHUNK_BYTES, Job, Span
 from jaxquant.transforms.report import LayerReport
@@ -56,13 +57,17 @@ def _scales(group: list[Job]) -> tuple[jax.Array, dict[str, jax.Array]]:
     for start in range(0, job.count, size):
         start = min(start, job.count - size)  # the last chunk is as large as the others, and overlaps
         matrices = [Span(job, start, size).matrices() for job in group]
-        parts.append(_scales_of(job.config, [w for w, *_ in matrices], matrices[0][1]))
+        parts.append(_scales_of(*split_bits(job.config), [w for w, *_ in matrices], matrices[0][1]))
     over = -job.count % size  # how far
     parts[-1] = jax.tree.map(lambda a: a[over:], parts[-1])
     return jax.tree.map(lambda *a: jnp.concatenate(a).reshape(*job.lead, *a[0].shape[1:]), *parts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scales_of(config, weights: list[jax.Array], inputs: InputStatistics):
+def _scales_of(config, bits, weights: list[jax.Array], inputs: InputStatistics):
     w = jnp.concatenate(weights, -1) if len(weights) > 1 else weights[0]
-    return jax.vmap(one_by_one_on_cpu(config.channel_scale))(w, inputs)
+
+    def scale(bits, w, inputs):
+        return join_bits(config, bits).channel_scale(w, inputs)
+
+    return jax.vmap(one_by_one_on_cpu(scale), (None, 0, 0))(bits, w, inputs)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.numerics import statistics
 from jaxquant.numerics.packing import BLOCK
-from jaxquant.numerics.qtensor import PACKED_BITS, QTensor
+from jaxquant.numerics.qtensor import QTensor, is_packed
 from jaxquant.numerics.statistics import Moments
 from jaxquant.transforms.tracing import compat
 from jaxquant.transforms.tracing.payloads import payload_axis
@@ -109,7 +109,7 @@ def _split_qtensor(v, local, of_axis, mesh, index) -> tuple | str:
 def _whole_per_shard(q, shards) -> bool:
     size = math.prod(q.in_shape)
     groups = q.spec.num_groups(size)
-    packed = size % (shards * BLOCK) == 0 or q.spec.bits > PACKED_BITS
+    packed = size % (shards * BLOCK) == 0 or not is_packed(q.spec)
     return shards == 1 or (packed and size % shards == 0 and (groups == 1 or groups % shards == 0))
 
 
