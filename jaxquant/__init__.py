@@ -4,6 +4,7 @@ from jaxquant.evaluation.metrics import Comparison as Comparison
 from jaxquant.evaluation.metrics import Estimate as Estimate
 from jaxquant.evaluation.metrics import compare as compare
 from jaxquant.evaluation.metrics import perplexity as perplexity
+from jaxquant.kernels.prepare import prepare as prepare
 from jaxquant.methods.awq import AWQ as AWQ
 from jaxquant.methods.chain import Chain as Chain
 from jaxquant.methods.choice import Best as Best

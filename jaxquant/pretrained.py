@@ -13,13 +13,19 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from jaxquant.checkpoints.compressed_tensors import CompressedTensors, check_floats, write_compressed_tensors
+from jaxquant.checkpoints.compressed_tensors import (
+    MODEL_DTYPES,
+    CompressedTensors,
+    check_floats,
+    write_compressed_tensors,
+)
 from jaxquant.checkpoints.compressed_tensors_config import METHOD, check_spec
 from jaxquant.checkpoints.directory import check_new_directory, new_directory
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
 from jaxquant.checkpoints.json_file import read_json, write_json
 from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
 from jaxquant.checkpoints.tensors import Tensors
+from jaxquant.kernels.prepare import prepare
 from jaxquant.models import TINYLM
 from jaxquant.models.config import FAMILIES, DecoderConfig
 from jaxquant.models.model import Model
@@ -74,8 +80,8 @@ def load_pretrained(
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
-      ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is not floating, or
-        layers that are quantized differently are to be stacked.
+      ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is none to compute
+        in, or layers that are quantized differently are to be stacked.
     """
     checkpoint = open_pretrained(name)
     uneven = checkpoint.uneven
@@ -83,8 +89,7 @@ def load_pretrained(
         stacked = uneven is None
     if stacked and uneven is not None:
         raise ValueError(f"{checkpoint.directory}: {uneven}; load it with stacked=False")
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype!r} is no floating dtype to compute in; try 'float32', 'bfloat16' or None")
+    _check_compute_dtype(dtype)
     params = checkpoint.params(stacked)
     largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
     model = checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model
@@ -202,6 +207,7 @@ def save(
         raise TypeError(
             f"model is a {type(model).__name__}; give a model from load_pretrained, or None for a bare tree"
         )
+    params = prepare(params, None)  # files are the same for all platforms
     with new_directory(path, overwrite=overwrite) as directory:
         if model is None:
             write_tree(directory, params)
@@ -232,6 +238,15 @@ def load(path: str | os.PathLike) -> Any:
 def holds_bare_tree(directory: Path) -> bool:
     """Whether a directory holds a parameter tree without a model, which only `load` reads."""
     return (directory / HEADER).is_file() and not (directory / CONFIG).is_file()
+
+
+def _check_compute_dtype(dtype: DTypeLike | None) -> None:
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in (*MODEL_DTYPES, "float64")
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype={dtype!r} is none to compute in; choose one of {', '.join(MODEL_DTYPES)}, or None")
 
 
 def _check_format(format: str) -> None:

@@ -161,7 +161,7 @@ def test_bad_tokens_and_windows_are_refused(setup, tokens, options, message):
 def test_predictions_that_are_not_finite_are_refused(setup):
     table = setup[0].copy()
     table[3, 3] = np.nan
-    with pytest.raises(ValueError, match="not finite: the parameter 'table' holds NaN or infinity"):
+    with pytest.raises(ValueError, match="not finite: params holds NaN or infinity, in 'table'"):
         perplexity(lambda params, tokens: bigram(params["table"], tokens), {"table": table}, setup[2])
     with pytest.raises(ValueError, match=r"not finite: .* its parameters are finite"):
         perplexity(lambda params, tokens: bigram(params, tokens) / 0, setup[0], setup[2])

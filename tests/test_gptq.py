@@ -229,16 +229,16 @@ def test_stacking_batches_no_loop_bound_and_no_branch(act_order):
     """Only the loop over dampings decides by all matrices of a stack, where a stack runs at once."""
     x, w = np.stack([correlated(32, 64)] * 3), weights(3, 32, 4)
     config = GPTQ(int4(group_size=16), act_order=act_order)
-    solve = functools.partial(gptq_module._gptq, config, (config.spec.bits,))
+    solve = functools.partial(gptq_module._gptq, config)
     gram = statistics_of(x).gram
-    one = control_flow(jax.make_jaxpr(solve)(w[0], gram[0]))
-    stack = control_flow(jax.make_jaxpr(jax.vmap(solve))(w, gram))
+    one = control_flow(jax.make_jaxpr(solve)((4,), w[0], gram[0]))
+    bits = (jnp.full(3, 4),)
+    stack = control_flow(jax.make_jaxpr(jax.vmap(solve))(bits, w, gram))
     assert one["cond", ()] >= int(not act_order)
     one.subtract([("while", ())])
     one.update([("while", (3,))])
     assert stack == one
-    at_once, _ = jax.vmap(solve)(w, gram)
-    in_turn, _ = jax.vmap(one_by_one_on_cpu(solve))(w, gram)
+    at_once, in_turn = (jax.vmap(f)(bits, w, gram)[0] for f in (solve, one_by_one_on_cpu(solve)))
     assert np.mean(at_once.codes == in_turn.codes) > 0.98
 
 

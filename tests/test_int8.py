@@ -89,10 +89,10 @@ def test_derivatives_are_those_of_the_definition(activations):
 
 def test_what_is_not_rounded_is_left_to_the_definition():
     x, q = given(jq.int8(), None)
-    assert int8.declines(q) == "the inputs are not rounded"
+    assert int8.declines(x, q) == "the inputs are not rounded"
     np.testing.assert_array_equal(quantized_matmul(x, q), reference.matmul(x, q, None, None))
     wide = jq.quantize(jnp.ones((2**18, 1)), jq.int8(activations=jq.ActivationSpec()))
-    assert "int32 does not hold" in int8.declines(wide)
+    assert "int32 does not hold" in int8.declines(x, wide)
     assert float(quantized_matmul(jnp.ones((1, 2**18)), wide)[0, 0]) == pytest.approx(2**18, rel=0.02)
 
 

@@ -99,6 +99,18 @@ def test_quantized_weights_are_counted(calibrated):
         assert estimate.parts["matrices at work"] >= sum(a.nbytes for a in jax.tree.leaves(params)) / 2
 
 
+def test_codes_that_are_packed_afterwards_are_counted_and_no_others(calibrated):
+    """Of one matrix by RTN: what is given and what is kept, and for 4 bits the codes before they are packed."""
+    w = normal(3, N, K)[0]
+    for config, before in ((RTN(int8()), 0), (RTN(int4()), w.size)):
+        jobs = quantize_module.plan({"kernel": w}, None, config)
+        program = quantize_module._run.lower(*split_bits(config), *jobs[0].types(1)).compile()
+        tree, _ = quantize_params({"kernel": w}, None, config)
+        parts = quantize_module.needed_memory(jobs).parts
+        want = w.nbytes + tree["kernel"].nbytes + before + memory.compiled_bytes(program)
+        assert parts["matrices at work"] == max(want, 2 * w.nbytes)
+
+
 def test_work_of_a_method_is_counted(calibrated):
     params, stats = calibrated
     rtn, gptq = (

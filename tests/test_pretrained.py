@@ -89,9 +89,10 @@ def test_float_parameters_keep_their_dtype(checkpoints, dtype):
     assert params["layers"]["mlp"]["up_proj"]["kernel"].shape == (2, 64, 128)
 
 
-def test_a_dtype_that_nothing_can_be_computed_in_is_refused(checkpoints):
-    with pytest.raises(ValueError, match="dtype='int8' is no floating dtype"):
-        jq.load_pretrained(checkpoints(dtype="float32"), dtype="int8")
+@pytest.mark.parametrize("dtype", ["int8", "bf16", "float8_e4m3fn"])
+def test_a_dtype_that_nothing_can_be_computed_in_is_refused(checkpoints, dtype):
+    with pytest.raises(ValueError, match=f"dtype='{dtype}' is none to compute in"):
+        jq.load_pretrained(checkpoints(dtype="float32"), dtype=dtype)
 
 
 @pytest.mark.parametrize("tied", [True, False])

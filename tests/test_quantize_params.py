@@ -111,6 +111,50 @@ class Worse(GPTQ):
         return RTN(self.spec).quantize(jnp.zeros_like(w) + 0.5, stats)
 
 
+class BranchesOnBits(RTN):
+    """Reads its bits, so it is compiled for them."""
+
+    def quantize(self, w, stats=None):
+        return RTN(self.spec).quantize(w if self.spec.bits < 4 else -w, stats)
+
+
+class Narrow(GPTQ):
+    """Has no form with eight bits."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert self.spec.bits < 5
+
+
+class OwnSpec(RTN):
+    """Makes codes of another spec than it says."""
+
+    def quantize(self, w, stats=None):
+        return RTN(int4(group_size=4)).quantize(w, stats)
+
+
+@pytest.mark.parametrize("kind", [BranchesOnBits, Narrow, OwnSpec])
+def test_methods_of_other_people_may_read_their_bits(given, kind):
+    params, stats = given
+    config = kind(int4(group_size=8))
+    tree, _ = quantize_params({"w": params["list"][0]["w"]}, None if kind is OwnSpec else stats_of_one(stats), config)
+    tree["w"].validate()
+    assert tree["w"].spec.bits == 4
+
+
+def stats_of_one(stats):
+    return dataclasses.replace(stats, products={"w": stats.products["list/0/w"]})
+
+
+def test_without_jit(given):
+    params, stats = given
+    config = RTN(int4(group_size=8))
+    want, _ = quantize_params({"w": params["list"][0]["w"]}, stats_of_one(stats), config)
+    with jax.disable_jit():
+        found, _ = quantize_params({"w": params["list"][0]["w"]}, stats_of_one(stats), config)
+    np.testing.assert_array_equal(found["w"].values, want["w"].values)
+
+
 def with_inputs(stats, path, **fields):
     product = stats.products[path]
     changed = dataclasses.replace(product, inputs=dataclasses.replace(product.inputs, **fields))

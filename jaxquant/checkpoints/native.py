@@ -36,7 +36,7 @@ HEADER = "jaxquant.json"
 VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
 _OPTIONAL = ("zero_point", "input_scale", "input_zero_point", "channel_scale", "outlier_index", "outlier_weight")
-_ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype"))
+_ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype", "prepared"))
 
 
 def save_tree(path: str | os.PathLike, tree: Any, *, overwrite: bool = False) -> None:

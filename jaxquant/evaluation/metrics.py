@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxquant.evaluation.windows import batches, cut_windows
 from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms.jobs import count_not_finite
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
 LogitsFunction = Callable[[Any, jax.Array], jax.Array]  # (params, tokens [batch, time]) -> [batch, time, vocab]
@@ -77,7 +78,7 @@ def perplexity(
     def sums(window, scored):
         return (_loss_sums(fn, params, window, scored),)
 
-    count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress, params)
+    count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress, {"params": params})
     return _perplexity(loss, count)
 
 
@@ -113,8 +114,8 @@ def compare(
     def sums(window, scored):
         return _paired_sums(fn, baseline_fn or fn, params, baseline_params, window, scored)
 
-    held = (params, baseline_params)
-    count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress, *held)
+    held = {"params": params, "baseline_params": baseline_params}
+    count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress, held)
     return Comparison(
         tokens=int(count.sum()),
         perplexity=_perplexity(loss, count),
@@ -125,8 +126,8 @@ def compare(
     )
 
 
-def _over_windows(sums, tokens, context, stride, batch_size, progress, *params):
-    """Scored tokens per window, and each measure's sum per window. `params` are those that `sums` uses."""
+def _over_windows(sums, tokens, context, stride, batch_size, progress, trees):
+    """Scored tokens per window, and each measure's sum per window. `trees` are those that `sums` uses, by argument."""
     windows = cut_windows(tokens, context, stride)
     total, results = len(windows.tokens), []
     for i, batch in enumerate(batches(windows, batch_size)):
@@ -135,15 +136,16 @@ def _over_windows(sums, tokens, context, stride, batch_size, progress, *params):
             progress(min((i + 1) * batch_size, total), total)
     measures = [np.concatenate(parts)[:total] for parts in zip(*results, strict=True)]
     if not all(np.isfinite(m).all() for m in measures):
-        raise ValueError(f"a prediction is not finite: {_why_not_finite(params)}")
+        raise ValueError(f"a prediction is not finite: {_why_not_finite(trees)}")
     return windows.scored.sum(1), measures
 
 
 def _why_not_finite(trees) -> str:
-    for tree in trees:
+    for name, tree in trees.items():
         for path, leaf in named_leaves(tree, is_qtensor):
-            if not all(np.isfinite(np.asarray(a, np.float64)).all() for a in jax.tree.leaves(leaf)):
-                return f"the parameter '{path}' holds NaN or infinity"
+            numbers = [a for a in jax.tree.leaves(leaf) if jnp.issubdtype(a.dtype, jnp.inexact)]
+            if any(map(count_not_finite, numbers)):
+                return f"{name} holds NaN or infinity" + (f", in '{path}'" if path else "")
     return "a token is no vocabulary id, or the function overflows; its parameters are finite"
 
 

@@ -23,8 +23,9 @@ from jaxquant.numerics.spec import compute_dtype
 LARGEST_GROUP = 2**31 // 2**14  # products of 8-bit codes whose sum int32 holds
 
 
-def declines(q: QTensor) -> str | None:
+def declines(x: jax.Array, q: QTensor) -> str | None:
     """Why this implementation cannot run, or None."""
+    del x
     if q.spec.activations is None:
         return "the inputs are not rounded"
     if q.outlier_weight is not None:

@@ -1,12 +1,21 @@
-"""The one entry to products with quantized weights."""
+"""The one entry to products with quantized weights.
+
+Every implementation is a module with `declines(x, q)`, which says why it cannot run or returns None, and `matmul`. What
+they compute is that of `kernels.reference`, to within rounding. Which one runs depends on the layout, the spec and the
+shapes alone, so it can be told, and tested, without the hardware.
+"""
 
 import jax
 
 from jaxquant.kernels import int8, mixed, reference
 from jaxquant.numerics.qtensor import QTensor
 
+IMPLEMENTATIONS = {"mixed": mixed, "int8": int8, "reference": reference}  # the first that does not decline is taken
 
-def quantized_matmul(x: jax.Array, q: QTensor, *, preferred_element_type=None, precision=None) -> jax.Array:
+
+def quantized_matmul(
+    x: jax.Array, q: QTensor, *, preferred_element_type=None, precision=None, implementation: str | None = None
+) -> jax.Array:
     """Multiplies an input, rounded as `q.spec.activations` says, with a quantized weight; differentiable in x.
 
     Args:
@@ -14,12 +23,28 @@ def quantized_matmul(x: jax.Array, q: QTensor, *, preferred_element_type=None, p
       q: weight with the same leading axes and K input channels.
       preferred_element_type: dtype of the accumulation and the result, as in `jax.lax.dot_general`.
       precision: as in `jax.lax.dot_general`.
+      implementation: a name in `IMPLEMENTATIONS`, for tests and measurements; None takes the first that can run.
 
     Returns:
       `[*lead, T, *out]`.
+
+    Raises:
+      ValueError: there is no such implementation, or it cannot run; the message says why, of this and all others.
     """
-    chosen = mixed if q.outlier_weight is not None else int8 if int8.declines(q) is None else reference
-    return chosen.matmul(x, q, preferred_element_type, precision)
+    return IMPLEMENTATIONS[chosen(x, q, implementation)].matmul(x, q, preferred_element_type, precision)
+
+
+def chosen(x: jax.Array, q: QTensor, implementation: str | None = None) -> str:
+    """The name of the implementation that `quantized_matmul` runs. Arguments and errors as there."""
+    if implementation is None:
+        return next(name for name, module in IMPLEMENTATIONS.items() if module.declines(x, q) is None)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if IMPLEMENTATIONS[implementation].declines(x, q) is not None:
+        reasons = {name: module.declines(x, q) for name, module in IMPLEMENTATIONS.items()}
+        told = "; ".join(f"{name}: {reason or 'can run'}" for name, reason in reasons.items())
+        raise ValueError(f"implementation={implementation!r} cannot run here. {told}")
+    return implementation
 
 
 def quantized_ragged_matmul(

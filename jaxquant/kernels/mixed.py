@@ -12,6 +12,12 @@ from jaxquant.numerics.affine import scaled_dense
 from jaxquant.numerics.qtensor import QTensor
 
 
+def declines(x: jax.Array, q: QTensor) -> str | None:
+    """Why this implementation cannot run, or None."""
+    del x
+    return "no outliers are kept" if q.outlier_weight is None else None
+
+
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
     """As `reference.matmul`, for a weight with `outlier_weight`.
 

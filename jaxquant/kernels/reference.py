@@ -12,6 +12,12 @@ from jaxquant.numerics.affine import Qparams, scaled_dense
 from jaxquant.numerics.qtensor import QTensor
 
 
+def declines(x: jax.Array, q: QTensor) -> str | None:
+    """Why this implementation cannot run, or None."""
+    del x
+    return None if q.outlier_weight is None else "outliers are not told apart"
+
+
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
     """`[*lead, T, K] · [*lead, K, *out] -> [*lead, T, *out]`, see `kernels.matmul.quantized_matmul`."""
     x, static = prepared(x, q)

@@ -118,8 +118,8 @@ def gptq(w: jax.Array, stats: InputStatistics | None, config: GPTQ) -> tuple[QTe
       TypeError: w is not floating.
     """
     gram = _checked_gram(w, stats, config.spec)
-    any_bits, bits = split_bits(config)
-    q, info = _compiled(any_bits)(bits, w, gram)
+    widest, bits = split_bits(config)
+    q, info = _compiled(widest)(bits, w, gram)
     return packed(q, config), info
 
 

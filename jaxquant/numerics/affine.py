@@ -170,13 +170,20 @@ def _range_to_scale(w, spec, n_out, scale_dtype):
     half = jnp.maximum(-low, high) if spec.symmetric else high * 0.5 - low * 0.5  # the whole could overflow
     smallest = max(float(jnp.finfo(scale_dtype).smallest_subnormal), float(jnp.finfo(w.dtype).tiny))
     largest = min(float(jnp.finfo(d).max) for d in (scale_dtype, w.dtype))
-    scale = jnp.clip(half * (2 / jnp.asarray(spec.steps, w.dtype)), smallest, largest)
+    scale = jnp.clip(half * _two_over_steps(spec, w.dtype), smallest, largest)
     scale = jnp.where(half > 0, scale, jnp.ones_like(scale)).astype(scale_dtype)
     if spec.symmetric:
         return scale, jnp.zeros(scale.shape, w.dtype)
     min_code, max_code = _limits(spec, w.dtype)
     zero = jnp.round(min_code - low * (1 / scale.astype(w.dtype)))
     return scale, jnp.clip(zero, min_code, max_code)
+
+
+def _two_over_steps(spec, dtype):
+    """2 / steps, a scalar. It is divided here: a device may round the quotient of traced numbers otherwise."""
+    if isinstance(spec.bits, int):
+        return 2 / spec.steps
+    return jnp.asarray([2 / (2**bits - 1 - spec.narrow_range) for bits in range(2, 9)], dtype)[spec.bits - 2]
 
 
 def _limits(spec, dtype):

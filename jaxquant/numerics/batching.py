@@ -20,7 +20,7 @@ def one_by_one_on_cpu(fn: Callable) -> Callable:
 
     @call.def_vmap
     def over_stack(size, batched, *args):
-        args = jax.tree.map(lambda a, b: a if b else jnp.broadcast_to(a, (size, *a.shape)), args, tuple(batched))
+        args = jax.tree.map(lambda a, b: a if b else jnp.broadcast_to(a, (size, *jnp.shape(a))), args, tuple(batched))
         in_turn = lambda *stacks: lax.map(lambda one: call(*one), stacks)  # noqa: E731
         out = lax.platform_dependent(*args, cpu=in_turn, default=jax.vmap(fn))
         return out, jax.tree.map(lambda _: True, out)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxquant.numerics import layout
 from jaxquant.numerics.packing import pack_bits, packed_size, unpack_bits
+from jaxquant.numerics.prepared import Prepared
 from jaxquant.numerics.spec import QuantSpec
 
 PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
@@ -20,7 +21,7 @@ PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
         *("values", "scale", "zero_point", "input_scale", "input_zero_point", "channel_scale"),
         *("outlier_index", "outlier_weight"),
     ],
-    meta_fields=["spec", "dtype", "contract", "out", "in_shape"],
+    meta_fields=["spec", "dtype", "contract", "out", "in_shape", "prepared"],
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
@@ -51,6 +52,7 @@ class QTensor:
       outlier_index: int32 `[*lead, k, 1, ...]` with as many axes as `scale`, input channels of which float rows are
         kept, K where there is none; None unless `spec.activations` has an outlier threshold.
       outlier_weight: those rows, `[*lead, k, *out]`, in the dtype of the weight.
+      prepared: for whose kernels `values` have been re-laid (see `numerics.prepared`); None is the layout above.
 
     These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations
     the leaves may be tracers, specs or None.
@@ -69,6 +71,7 @@ class QTensor:
     channel_scale: jax.Array | None = None
     outlier_index: jax.Array | None = None
     outlier_weight: jax.Array | None = None
+    prepared: Prepared | None = None
 
     @classmethod
     def from_codes(
@@ -77,18 +80,33 @@ class QTensor:
         """Packs signed int8 codes `[*lead, K, *out]`; the other arguments are the attributes above."""
         axis = codes.ndim - 1 - len(out)
         in_shape = (codes.shape[axis],) if in_shape is None else tuple(in_shape)
-        if is_packed(spec):
-            codes = pack_bits(codes + jnp.int8(2 ** (spec.bits - 1)), spec.bits, axis)
         name = jnp.dtype(dtype).name
-        return cls(codes, scale, zero_point, spec, name, tuple(contract), tuple(out), in_shape)
+        return cls(_plain(codes, spec, axis), scale, zero_point, spec, name, tuple(contract), tuple(out), in_shape)
 
     @property
     def codes(self) -> jax.Array:
         """Signed codes, int8 `[*lead, K, *out]`."""
+        if self.prepared is not None:
+            return self.prepared.codes(self.values, self.spec.bits, self._axis)
         if not is_packed(self.spec):
             return self.values
         u = unpack_bits(self.values, self.spec.bits, math.prod(self.in_shape), self._axis)
         return u.astype(jnp.int8) - jnp.int8(2 ** (self.spec.bits - 1))
+
+    def laid_out(self, prepared: Prepared | None) -> "QTensor":
+        """The same codes, laid out for other kernels; None is the plain layout."""
+        if prepared == self.prepared:
+            return self
+        if prepared is None:
+            values = _plain(self.codes, self.spec, self._axis)
+        else:
+            values = prepared.lay(self.codes, self.spec.bits, self._axis)
+        return dataclasses.replace(self, values=values, prepared=prepared)
+
+    @property
+    def contract_last(self) -> bool:
+        """Whether K is the last axis of `values`, behind the output axes."""
+        return self.prepared is not None and self.prepared.contract_last
 
     @property
     def unsigned_codes(self) -> jax.Array:
@@ -104,8 +122,8 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight it stands for."""
-        out_shape = self.values.shape[self._axis + 1 :]
-        return layout.logical_shape(self.values.shape[: self._axis], self.in_shape, out_shape, self.contract, self.out)
+        lead, out = self._outer_shape
+        return layout.logical_shape(lead, self.in_shape, out, self.contract, self.out)
 
     @property
     def ndim(self) -> int:
@@ -131,6 +149,12 @@ class QTensor:
     def _axis(self) -> int:  # of K in every array, which is also the number of leading axes
         return self.values.ndim - 1 - len(self.out)
 
+    @property
+    def _outer_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of the leading and of the output axes."""
+        sizes, axis = self.values.shape, self._axis
+        return sizes[:axis], sizes[axis:-1] if self.contract_last else sizes[axis + 1 :]
+
     def validate(self) -> None:
         """Checks the invariants above.
 
@@ -140,11 +164,9 @@ class QTensor:
         layout.check_layout(self.ndim, self.contract, self.out)
         if len(self.in_shape) != len(self.contract) or min(self.in_shape) < 0:
             raise ValueError(f"in_shape={self.in_shape} is no size for each of contract={self.contract}")
-        size, packed = math.prod(self.in_shape), is_packed(self.spec)
-        rows = packed_size(size, self.spec.bits) if packed else size
-        _expect("values", self.values, jnp.uint8 if packed else jnp.int8, self.values.shape[self._axis] == rows)
-        lead, out = self.values.shape[: self._axis], self.values.shape[self._axis + 1 :]
-        out = (1,) * len(out) if self.spec.granularity == "per_tensor" else out
+        size, (lead, whole_out) = math.prod(self.in_shape), self._outer_shape
+        self._validate_values(size)
+        out = (1,) * len(whole_out) if self.spec.granularity == "per_tensor" else whole_out
         shape = (*lead, self.spec.num_groups(size), *out)
         _expect("scale", self.scale, self.scale.dtype, self.scale.shape == shape)
         if not jnp.issubdtype(self.scale.dtype, jnp.floating):
@@ -162,7 +184,18 @@ class QTensor:
         if self.channel_scale is not None:
             right = self.channel_scale.shape == (*lead, size, *(1,) * len(out))
             _expect("channel_scale", self.channel_scale, self.scale.dtype, right)
-        self._validate_outliers(lead, self.values.shape[self._axis + 1 :])
+        self._validate_outliers(lead, whole_out)
+
+    def _validate_values(self, size: int) -> None:
+        bits, axis = self.spec.bits, self._axis
+        if self.prepared is None:
+            packed = is_packed(self.spec)
+            rows, dtype = (packed_size(size, bits), jnp.uint8) if packed else (size, jnp.int8)
+        else:
+            halves = self.prepared.halves(bits)
+            rows, dtype = (size // 2, jnp.int8) if halves else (size, jnp.int4 if bits <= PACKED_BITS else jnp.int8)
+            axis = -1 if self.contract_last else axis
+        _expect("values", self.values, dtype, self.values.shape[axis] == rows)
 
     def _validate_input_zero_point(self) -> None:
         zero, activations = self.input_zero_point, self.spec.activations
@@ -181,6 +214,10 @@ class QTensor:
             kept = rows.shape[len(lead)] if rows.ndim > len(lead) else 0
             _expect("outlier_index", index, jnp.int32, index.shape == (*lead, kept, *(1,) * len(out)))
             _expect("outlier_weight", rows, jnp.dtype(self.dtype), rows.shape == (*lead, kept, *out))
+
+
+def _plain(codes, spec, axis):  # as they lie where no platform is known
+    return pack_bits(codes + jnp.int8(2 ** (spec.bits - 1)), spec.bits, axis) if is_packed(spec) else codes
 
 
 def _unsigned(codes, spec):  # codes - the smallest code of the width; int8 arithmetic would overflow at 8 bits

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 
 Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
@@ -78,7 +77,7 @@ class QuantSpec:
     """How numbers become integer codes. Frozen and hashable: safe as a static argument of `jax.jit`.
 
     Attributes:
-      bits: width of a code, 2 to 8. Inside a compiled method it may be a traced integer (see `numerics.bits`).
+      bits: width of a code, 2 to 8.
       group_size: entries along the contracting axis that share a scale; None shares one scale along the whole axis.
       symmetric: codes are centred on zero and there is no zero point; otherwise the range is [min, max] of the data,
         widened to include 0.
@@ -101,8 +100,7 @@ class QuantSpec:
     activations: ActivationSpec | None = None
 
     def __post_init__(self):
-        if not isinstance(self.bits, jax.core.Tracer) and (type(self.bits) is not int or not 2 <= self.bits <= 8):
-            raise ValueError(f"bits={self.bits!r} is not supported; choose a whole number from 2 to 8")
+        self._check_bits()
         for name in ("symmetric", "narrow_range"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
@@ -122,6 +120,10 @@ class QuantSpec:
         if not isinstance(self.activations, ActivationSpec | None):
             raise ValueError(f"activations={self.activations!r} is neither an ActivationSpec nor None")
         object.__setattr__(self, "granularity", granularity)
+
+    def _check_bits(self):  # not where they are traced, see `numerics.bits`
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits!r} is not supported; choose a whole number from 2 to 8")
 
     @property
     def static_activations(self) -> bool:

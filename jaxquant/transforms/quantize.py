@@ -206,9 +206,11 @@ def needed_memory(jobs: list[Job]) -> MemoryEstimate:
             seen.add(job.kind)
             types = job.types(size)
             lowered = _run.lower(*split_bits(job.config), *types)
-            kept = jax.eval_shape(functools.partial(packed, config=job.config), lowered.out_info[0])
+            made, _ = lowered.out_info
+            kept = jax.eval_shape(functools.partial(packed, config=job.config), made)
             given, result = memory.types_bytes(types), memory.types_bytes(kept)
-            running = given + memory.compiled_bytes(lowered.compile()) + memory.types_bytes(lowered.out_info) + result
+            repacked = 0 if kept.values.shape == made.values.shape else memory.types_bytes(made.values)
+            running = given + memory.compiled_bytes(lowered.compile()) + result + repacked
             chunk = max(chunk, running, 2 * given)  # the matrices of several weights are put together first
         for span in spans:
             results[span.job] += math.ceil(result * span.size / size)

@@ -1,4 +1,7 @@
-"""QTensors as payloads of views: their arrays stay canonical, `[*lead, ·, *out]`, whatever the program does.
+"""QTensors as payloads of views: their arrays stay `[*lead, ·, *out]`, whatever the program does.
+
+Codes that are prepared for a platform may lie `[*lead, *out, ·]`. What would have to move their axes lays them out
+plainly first; slices along leading axes, lookups of rows and products as they were quantized for do not.
 
 Only taking positions along leading and output axes touches the arrays; everything else is bookkeeping of the view. An
 axis of the weight that a reshape has split into several factors stays one axis of the arrays until its last factor is
@@ -73,6 +76,8 @@ def take(view: View, step: Take) -> View | None:
     at = payload_axis(view, step.factor.axis)
     if at is None:
         return None
+    if at >= len(_held(view)[0]):
+        view = _with_contract_first(view)
     factors = _factors(view, step.factor.axis)
     place = factors.index(step.factor)
 
@@ -94,6 +99,11 @@ def take(view: View, step: Take) -> View | None:
     return dataclasses.replace(after, payload=dataclasses.replace(q, out=out))
 
 
+def _with_contract_first(view: View) -> View:
+    q = view.payload
+    return dataclasses.replace(view, payload=q.laid_out(None)) if q.contract_last else view
+
+
 def arranged(view: View, batch: tuple[Factor, ...]) -> QTensor | None:
     """The QTensor with exactly the leading axes `batch`, in that order, and all others as outputs, in the view's dtype.
 
@@ -106,6 +116,8 @@ def arranged(view: View, batch: tuple[Factor, ...]) -> QTensor | None:
     if not set(batch) <= set(places):
         return None
     order = [places[f] for f in batch] + [len(before)] + [places[rest[i]] for i in own_order(rest)]
+    if order != list(range(q.values.ndim)):
+        q = _with_contract_first(view).payload
 
     def one(a):
         k = len(leads)
@@ -116,7 +128,8 @@ def arranged(view: View, batch: tuple[Factor, ...]) -> QTensor | None:
 
     axes = tuple(range(-len(rest) - len(q.contract), 0))
     roles = {"contract": axes[: len(q.contract)], "out": axes[len(q.contract) :]}
-    return dataclasses.replace(jax.tree.map(one, q), dtype=view.dtype, **roles)
+    q = q if q.contract_last else jax.tree.map(one, q)
+    return dataclasses.replace(q, dtype=view.dtype, **roles)
 
 
 def densify(view: View) -> jax.Array:
@@ -138,7 +151,14 @@ def take_rows(view: View, axis: int, ids: jax.Array) -> jax.Array:
     at = payload_axis(view, axis)
     assert at is not None
     n, flat = view.sizes[axis], ids.reshape(-1)
-    q = jax.tree.map(lambda a: jnp.take(a, flat, at, mode="clip") if a.shape[at] == n else a, view.payload)
+    q = view.payload
+
+    def take_from(a, at):
+        return jnp.take(a, flat, at, mode="clip") if a.shape[at] == n else a
+
+    own = at - 1 if q.contract_last and at > len(_held(view)[0]) else at
+    q = dataclasses.replace(jax.tree.map(lambda a: take_from(a, at), dataclasses.replace(q, values=None)),
+                            values=take_from(q.values, own))  # fmt: skip
     dim = next(d for d in range(len(view.axes)) if view.whole(d) == axis)
     sizes = tuple(flat.size if a == axis else size for a, size in enumerate(view.sizes))
     axes = tuple((Factor(axis, 1, flat.size),) if d == dim else f for d, f in enumerate(view.axes))
@@ -152,7 +172,8 @@ def type_of(q: QTensor) -> jax.ShapeDtypeStruct:
     if compat.explicit_axes(q.values):
         own = jax.typeof(q.values).sharding
         k = q.values.ndim - 1 - len(q.out)
-        names = dict(enumerate(own.spec))
+        split = [*own.spec]
+        names = dict(enumerate([*split[:k], split[-1], *split[k:-1]] if q.contract_last else split))
         order = canonical_order(q.ndim, q.contract, q.out)
         spec = {axis: names.get(i if i <= k else i - len(q.contract) + 1) for i, axis in enumerate(order)}
         spec |= dict.fromkeys(order[k + 1 : k + len(q.contract)])  # a flattened axis is split along its first part

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.numerics import statistics
 from jaxquant.numerics.packing import BLOCK
+from jaxquant.numerics.prepared import RUN
 from jaxquant.numerics.qtensor import QTensor, is_packed
 from jaxquant.numerics.statistics import Moments
 from jaxquant.transforms.tracing import compat
@@ -95,22 +96,34 @@ def _split_qtensor(v, local, of_axis, mesh, index) -> tuple | str:
         return f"its {math.prod(q.in_shape)} input channels do not split into {shards} shards of whole groups"
     place = {payload_axis(v, a): name for a, name in of_axis.items() if a not in contract}
 
-    def spec(a):
-        along = [place.get(i) if a.shape[i] > 1 else None for i in range(a.ndim)]
-        k = a.ndim - 1 - len(q.out)
-        along[k] = of_axis[cut[0]] if cut and a.shape[k] > 1 else None
-        return PartitionSpec(*along)
+    def names(shape):
+        along = [place.get(i) if n > 1 else None for i, n in enumerate(shape)]
+        k = len(shape) - 1 - len(q.out)
+        along[k] = of_axis[cut[0]] if cut and shape[k] > 1 else None
+        return along[:k], along[k], along[k + 1 :]
 
+    def spec(a):
+        lead, k, out = names(a.shape)
+        return PartitionSpec(*lead, k, *out)
+
+    specs = jax.tree.map(spec, q)
+    if q.contract_last:
+        at, sizes = q.values.ndim - 1 - len(q.out), q.values.shape
+        lead, k, out = names((*sizes[:at], sizes[-1], *sizes[at:-1]))
+        specs = dataclasses.replace(specs, values=PartitionSpec(*lead, *out, k))
     in_shape = tuple(local.sizes[a] for a in contract)
     local = dataclasses.replace(local, payload=dataclasses.replace(q, in_shape=in_shape))
-    return dataclasses.replace(v, payload=jax.tree.map(spec, q), index=index), local
+    return dataclasses.replace(v, payload=specs, index=index), local
 
 
 def _whole_per_shard(q, shards) -> bool:
     size = math.prod(q.in_shape)
     groups = q.spec.num_groups(size)
-    packed = size % (shards * BLOCK) == 0 or not is_packed(q.spec)
-    return shards == 1 or (packed and size % shards == 0 and (groups == 1 or groups % shards == 0))
+    if q.prepared is not None:
+        run = RUN if q.prepared.halves(q.spec.bits) else 1
+    else:
+        run = BLOCK if is_packed(q.spec) else 1
+    return shards == 1 or (size % (shards * run) == 0 and (groups == 1 or groups % shards == 0))
 
 
 def _readers(recorder: Recorder) -> dict[int, list[Use]]:

@@ -1,0 +1,38 @@
+"""Re-lays quantized weights once, so that the kernels of a platform read them as they need them."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+
+from jaxquant.numerics.prepared import RUN, Platform, Prepared
+from jaxquant.numerics.qtensor import QTensor, is_qtensor
+
+
+def prepare(params: Any, platform: Platform | None, chip: str | None = None) -> Any:
+    """Re-lays the quantized weights of a parameter tree for the kernels of a platform.
+
+    The layout selects the kernels: a program with weights prepared for a TPU can be lowered for it on any machine.
+    Everything that takes plain weights takes prepared ones, and on any platform; only speed and memory differ. What
+    `save` writes is the same for both.
+
+    Args:
+      params: any pytree of arrays and QTensors; also a QTensor.
+      platform: "cpu", "gpu" or "tpu"; None undoes it.
+      chip: "v4", "v5e", "v5p", "v6e" or "tpu7x" of the TPUs, "h100" or "h200" of the GPUs. None is for all of them.
+
+    Returns:
+      The tree, whose QTensors have the same codes and scales. On a CPU, weights of 4 bits and less stay as they are
+      where their inputs are no multiple of 32.
+
+    Raises:
+      ValueError: there is no such platform or chip.
+    """
+    target = None if platform is None else Prepared(platform, chip)
+    return jax.tree.map(lambda q: _prepared(q, target) if is_qtensor(q) else q, params, is_leaf=is_qtensor)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _prepared(q: QTensor, target: Prepared | None) -> QTensor:
+    return q.laid_out(None if target and target.halves(q.spec.bits) and math.prod(q.in_shape) % RUN else target)
