@@ -120,6 +120,14 @@ class Checkpoint:
             return {name: value for name, value in self.source.items() if name != "layers"}
         return outer_params(self.model.config, self.source)
 
+    @property
+    def outer_bytes(self) -> int:
+        """The bytes of the parameters outside of the layers, which must be floats."""
+        if isinstance(self.source, dict):
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(self.outer()))
+        paths = tensor_paths(self.model.config)
+        return sum(self.source.nbytes(name) for name, path in paths.items() if not path.startswith("layers/"))
+
     def layers(self, layers: range) -> dict[str, Any]:
         """The parameters of some layers, as `{"layers": ...}`, stacked. Errors as `load_pretrained`."""
         if not isinstance(self.source, dict):

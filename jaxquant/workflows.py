@@ -165,7 +165,8 @@ def _quantize_layers(
     def calibrating(batches: int, total: int) -> None:
         progress("calibrating", len(done) * total + batches, count * total)
 
-    for block in quantize_blocks(blocks.apply, layers(), inputs, rules, progress=calibrating):
+    expected = {"count": count, "beside": checkpoint.outer_bytes}
+    for block in quantize_blocks(blocks.apply, layers(), inputs, rules, **expected, progress=calibrating):
         done.append(block)
         progress("quantizing", len(done), count)
     stack, report = stack_blocks(done)

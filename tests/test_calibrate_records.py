@@ -129,6 +129,10 @@ def test_paths_are_unique():
 
 
 def test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="the batches hold no token"):
+        calibrate(mlp, mlp_params(), [stream()[:0]])
+    with pytest.raises(ValueError, match="the batches hold no token, or `mask` leaves none"):
+        calibrate(mlp, mlp_params(), [stream()], mask=lambda x: jnp.zeros(x.shape[:-1], bool))
     with pytest.raises(ValueError, match="calibration needs at least one batch, but `batches` is empty"):
         calibrate(mlp, mlp_params(), iter([]))
     with pytest.raises(ValueError, match="multiplies nothing with a weight of `params`"):

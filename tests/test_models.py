@@ -281,6 +281,14 @@ def test_recipe_matches_every_parameter():
         assert all(any(re.fullmatch(rule, path) for path in paths) for rule, _ in rules)
 
 
+@pytest.mark.parametrize("token", [-1, 97, 2**31 - 1])
+def test_a_token_outside_the_vocabulary_gives_no_number(token):
+    model = Model.from_hf(SMALL)
+    logits = model.apply(model.init(jax.random.key(0)), jnp.asarray([[1, token, 2], [1, 3, 2]]))
+    assert np.isnan(logits[0, 1:]).all()
+    assert np.isfinite(logits[1]).all()
+
+
 def test_tokens_outside_the_vocabulary_are_named():
     model = Model.from_hf(SMALL)
     model.check_tokens(random_tokens(97))

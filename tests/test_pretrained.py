@@ -101,6 +101,16 @@ def test_float_logits_are_those_of_transformers(checkpoints, tied):
     assert relative_error(model.apply(params, TOKENS), logits_of_transformers(checkpoints(tied=tied))) < 1e-5
 
 
+def test_shards_of_transformers_are_one_model(checkpoints, tmp_path):
+    source = checkpoints(tied=False)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    whole.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model, params = jq.load_pretrained(tmp_path)
+    assert_same_params(params, jq.load_pretrained(source)[1])
+    assert relative_error(model.apply(params, TOKENS), logits_of_transformers(tmp_path)) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # which says that it is heeded
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from checks import assert_same, dense_of, quick_compilation  # noqa: F401
 from jax import lax
@@ -21,8 +22,13 @@ from meshes import (
     split_qtensor,
 )
 
-from jaxquant.numerics.spec import int8
+from jaxquant.methods.chain import Chain
+from jaxquant.methods.gptq import GPTQ
+from jaxquant.methods.rtn import RTN
+from jaxquant.methods.smoothquant import SmoothQuant
+from jaxquant.numerics.spec import int4, int8
 from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.quantized import quantized
 
 
@@ -92,3 +98,20 @@ def test_quantized_tensor_parallel_under_explicit_axes(spec):
         )
     assert_same(got, want)
     assert got.sharding.spec == P("data", None, "model")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "config", [GPTQ(int4(group_size=8)), Chain(SmoothQuant(0.5), RTN(int8()))], ids=["gptq", "smoothquant"]
+)
+def test_methods_give_sharded_weights_the_codes_of_one_device(kind, config):
+    batches, mesh = [inputs(), inputs(8, 1)], mesh_of(kind)
+    want, _ = quantize_params(params_of(), on_one_device(), config)
+    with jax.set_mesh(mesh):
+        params = put(params_of(), mesh, SPLIT)
+        stats = calibrate(explicit_model if kind == AxisType.Explicit else model, params, batches)
+        got, _ = quantize_params(params, stats, config)
+    for name, q in got.items():
+        assert q.scale.sharding.mesh == mesh
+        assert not q.values.sharding.is_fully_replicated
+        assert np.mean(np.asarray(q.codes) == np.asarray(want[name].codes)) > 0.99

@@ -48,9 +48,8 @@ class Model:
         """The pure function `apply(params, tokens) -> logits`; leaves of `params` may be arrays or QTensors.
 
         `tokens` are integers `[batch, time]`, logits float32 `[batch, time, vocab]`; a position sees itself and those
-        before it. A compiled function cannot raise: a token beyond the vocabulary gives NaN and a negative one counts
-        from its end, see `check_tokens`. Equal models have the very same function, so whatever was compiled for it is
-        found again.
+        before it. A compiled function cannot raise: a token outside of the vocabulary gives NaN, see `check_tokens`.
+        Equal models have the very same function, so whatever was compiled for it is found again.
         """
         return _apply(self.config, self.dtype, self.stacked)
 
@@ -163,6 +162,7 @@ def _apply(config: DecoderConfig, dtype: np.dtype, stacked: bool) -> Callable[[A
 
     @jax.jit  # without it, every call from Python would trace and compile the scan over the layers again
     def apply(params, tokens):
+        tokens = jnp.where(tokens < 0, config.vocab_size, tokens)  # a negative one would count from the end
         return decoder.apply({"params": params}, tokens)
 
     return quantized(apply)

@@ -213,10 +213,12 @@ def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
     shared = {inputs: assemble(inputs, total, all(readers[s] == 1 for s in inputs.sites)) for inputs in distinct}
     products = {path: ProductStatistics(contract, out, shared[i]) for path, (contract, out, i) in found.items()}
     every = [product.inputs for product in products.values()]
-    if every and not any(jnp.any(i.count > 0) for i in every) and any(jnp.any(i.dropped > 0) for i in every):
-        raise ValueError(
-            "no calibration token has finite inputs to any product: a parameter holds NaN or infinity, or the batches "
-            "hold something the function gives NaN for, such as token ids outside of the vocabulary"
-        )
+    if every and not any(jnp.any(i.count > 0) for i in every):
+        if any(jnp.any(i.dropped > 0) for i in every):
+            raise ValueError(
+                "no calibration token has finite inputs to any product: a parameter holds NaN or infinity, or the "
+                "batches hold something the function gives NaN for, such as token ids outside of the vocabulary"
+            )
+        raise ValueError("the batches hold no token, or `mask` leaves none: there is nothing to calibrate with")
     lookups = frozenset[str]().union(*(p.lookups for p in programs))
     return Statistics(products, lookups, tuple(dict.fromkeys(notes)))

@@ -15,7 +15,7 @@ from jaxquant.numerics.batching import one_by_one_on_cpu
 from jaxquant.numerics.bits import join_bits, packed, split_bits, unpacked
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
-from jaxquant.transforms import choose, memory, sharing
+from jaxquant.transforms import choose, memory, meshes, sharing
 from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.choose import Solved
 from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
@@ -56,10 +56,13 @@ def quantize_params(
         without the statistics it needs, a rule that takes nothing, or more memory needed than is available. Nothing is
         computed before all of it is checked.
     """
-    named = dict(named_leaves(params, is_qtensor))
-    jobs = plan(named, stats, recipe)
-    memory.ensure_fits(needed_memory(jobs), params)
-    return run_jobs(jobs, params, stats, progress)
+    twins = meshes.automatic_twins(params)
+    with meshes.set_one(twins):
+        params, stats = meshes.moved(params, twins), meshes.moved_statistics(stats, twins)
+        jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)
+        memory.ensure_fits(needed_memory(jobs), params)
+        tree, report = run_jobs(jobs, params, stats, progress)
+    return meshes.moved(tree, {there: here for here, there in twins.items()}), report
 
 
 def run_jobs(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Calibration
+from jaxquant.transforms.jobs import Job
+from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.quantize import needed_memory, plan, run_jobs
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.tracing.interpreter import named_leaves
@@ -25,6 +27,8 @@ def quantize_blocks(
     inputs: Iterable[Any] | None,
     recipe: Any,
     *,
+    count: int = 1,
+    beside: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Any, Report]]:
     """Quantizes blocks that run one after the other, each with the statistics of the float model.
@@ -37,6 +41,8 @@ def quantize_blocks(
       blocks: the parameters of each block, alike in structure and shapes; the next is asked for when this one is done.
       inputs: the first block's input for each batch; None for methods that need no statistics, as in `quantize_params`.
       recipe: as for `quantize_params`; its patterns match paths within a block.
+      count: how many blocks there are, and
+      beside: bytes that the rest of the model will take, both for the estimate of memory.
       progress: called with (batches done, batches in all) of each block.
 
     Yields:
@@ -54,10 +60,18 @@ def quantize_blocks(
             stats, waiting[:] = calibration.run(params, _drained(waiting, progress))
         jobs = plan(dict(named_leaves(params)), stats, recipe)
         if check:
-            memory.ensure_fits(needed_memory(jobs), params)
+            memory.ensure_fits(_needed_memory(jobs, count, beside), params)
         return run_jobs(jobs, params, stats, None)
 
     yield from map(quantize, blocks, itertools.chain([True], itertools.repeat(False)))  # they are all alike
+
+
+def _needed_memory(jobs: list[Job], count: int, beside: int) -> MemoryEstimate:
+    """What is still to be allocated for all blocks: of their results there are two in the end, apart and in a stack."""
+    one = needed_memory(jobs)
+    parts = {**one.parts, "quantized weights": 2 * count * one.parts["quantized weights"], "other parameters": beside}
+    remedy = "the layers are quantized one at a time already; fewer bits take less, or a machine with more memory"
+    return MemoryEstimate(one.call, {name: size for name, size in parts.items() if size}, remedy)
 
 
 def stack_blocks(quantized: Sequence[tuple[Any, Report]]) -> tuple[Any, Report]:
