@@ -39,16 +39,7 @@ def declines(x: jax.Array, q: QTensor) -> str | None:
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
     """As `reference.matmul`, whose derivative it has; `precision` is that of the derivative."""
 
-    @jax.custom_jvp
-    def run(x, q):
-        return _matmul(x, q, preferred_element_type)
-
-    @run.defjvp
-    def derivative(primals, tangents):
-        definition = lambda x, q: reference.matmul(x, q, preferred_element_type, precision)  # noqa: E731
-        return run(*primals), jax.jvp(definition, primals, tangents)[1]
-
-    return run(x, q)
+    return reference.with_derivative(_matmul, x, q, preferred_element_type, precision)
 
 
 def _matmul(x: jax.Array, q: QTensor, preferred_element_type) -> jax.Array:

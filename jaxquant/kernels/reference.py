@@ -3,6 +3,8 @@
 Divide the input by the channel scale, round it, dequantize the weight, multiply.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +25,21 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
     x, static = prepared(x, q)
     x = round_input(x, static, q.spec.activations)
     return product(x, scaled_dense(q).astype(q.dtype), preferred_element_type, precision)
+
+
+def with_derivative(fn: Callable, x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
+    """`fn(x, q, preferred_element_type)`, which computes what `matmul` does, with the derivative of `matmul`."""
+
+    @jax.custom_jvp
+    def run(x, q):
+        return fn(x, q, preferred_element_type)
+
+    @run.defjvp
+    def derivative(primals, tangents):
+        definition = lambda x, q: matmul(x, q, preferred_element_type, precision)  # noqa: E731
+        return run(*primals), jax.jvp(definition, primals, tangents)[1]
+
+    return run(x, q)
 
 
 def product(x: jax.Array, w: jax.Array, preferred_element_type, precision=None) -> jax.Array:
