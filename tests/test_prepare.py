@@ -75,7 +75,8 @@ def test_functions_run_with_prepared_weights(name):
     prepared = jq.prepare(qparams, "gpu")
     weights = [a for a in jax.tree.leaves(prepared, is_leaf=is_qtensor) if is_qtensor(a)]
     assert all(q.contract_last for q in weights)
-    assert_same(quantized(case.apply)(prepared, x), quantized(case.apply)(qparams, x), 2e-5)
+    atol = 1e-2 if name == "cast_to_bf16" else 2e-5  # it is not the dequantized weights that are rounded
+    assert_same(quantized(case.apply)(prepared, x), quantized(case.apply)(qparams, x), atol)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
@@ -103,7 +104,7 @@ def test_an_unknown_platform_is_refused(platform, chip, message):
 @pytest.mark.parametrize(
     ("bits", "activations", "name", "message"),
     [
-        (8, None, "int8", "int8: the inputs are not rounded; reference: can run"),
+        (8, None, "int8", "int8: the inputs are not rounded; .*; reference: can run"),
         (8, None, "fast", "implementation='fast' is not one of"),
         (8, None, "mixed", "mixed: no outliers are kept"),
     ],

@@ -7,13 +7,14 @@ shapes alone, so it can be told, and tested, without the hardware.
 
 import jax
 
-from jaxquant.kernels import cpu, int8, mixed, reference
+from jaxquant.kernels import cpu, int8, mixed, reference, xla
 from jaxquant.numerics.qtensor import QTensor
 
 IMPLEMENTATIONS = {  # the first that does not decline is taken
     "mixed": mixed,
     "cpu": cpu,
     "int8": int8,
+    "xla": xla,
     "reference": reference,
 }  # the first that does not decline is taken
 
