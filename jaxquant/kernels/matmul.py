@@ -7,10 +7,15 @@ shapes alone, so it can be told, and tested, without the hardware.
 
 import jax
 
-from jaxquant.kernels import int8, mixed, reference
+from jaxquant.kernels import int8, mixed, mosaic_gpu, reference
 from jaxquant.numerics.qtensor import QTensor
 
-IMPLEMENTATIONS = {"mixed": mixed, "int8": int8, "reference": reference}  # the first that does not decline is taken
+IMPLEMENTATIONS = {  # the first that does not decline is taken
+    "mixed": mixed,
+    "mosaic_gpu": mosaic_gpu,
+    "int8": int8,
+    "reference": reference,
+}
 
 
 def quantized_matmul(
