@@ -18,7 +18,7 @@ from samples import weights
 import jaxquant as jq
 from jaxquant.kernels import mosaic_gpu, reference, tuning
 from jaxquant.kernels.matmul import chosen, quantized_matmul
-from jaxquant.kernels.mosaic_gpu_kernel import Schedule
+from jaxquant.kernels.mosaic_gpu_schedule import Schedule, schedule_of
 from jaxquant.numerics.spec import QuantSpec
 
 needs_mosaic = pytest.mark.skipif(
@@ -27,10 +27,11 @@ needs_mosaic = pytest.mark.skipif(
 
 
 def small_chip(monkeypatch, split):
-    """Three processors with two stages each. Tiles are split where arithmetic is slow."""
-    monkeypatch.setitem(tuning.GPU_CHIPS, "h200", tuning.GpuChip(3, 232_448, 0.001 if split else 1e6))
-    tiles = {most: dataclasses.replace(tiles, stages=2) for most, tiles in tuning.GPU_TILES["h200"].items()}
-    monkeypatch.setitem(tuning.GPU_TILES, "h200", tiles)
+    """Three processors with two stages each."""
+    monkeypatch.setitem(tuning.GPU_CHIPS, "h200", tuning.GpuChip(3, 232_448, 184.0))
+    changed = {"stages": 2, "split": split}
+    rows = [(most, dataclasses.replace(tiles, **changed)) for most, tiles in tuning.GPU_TILES["h200"]]
+    monkeypatch.setitem(tuning.GPU_TILES, "h200", rows)
 
 
 def given(k, n, bits=4, group=None, symmetric=True, dtype="bfloat16", scale_dtype=None, chip="h200"):
@@ -64,7 +65,7 @@ def by_the_formula(x, q, rounded):
 
 def interpreted(x, q, dtype=jnp.float32):
     """The kernel's result, and what the detector of races printed; memory that nothing was written to holds NaNs."""
-    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=3)
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         out = mosaic_gpu.kernel_matmul(x, q, dtype, params)
         jax.block_until_ready(out)
@@ -132,6 +133,22 @@ def test_every_step_is_done_once(tiles, steps, processors, split):
     assert sorted(done) == [(tile, step) for tile in range(tiles) for step in range(steps)]
     for tile in range(tiles):
         assert {done[tile, step] for step in range(steps)} == set(range(schedule.sharers[tile]))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "shared"),
+    [
+        (16, 4096, 4096, True),  # 32 tiles on 132 processors
+        (16, 8192, 28672, True),  # 224 tiles: whole ones would keep all processors busy twice, and some idle
+        (128, 14336, 4096, True),
+        (512, 8192, 28672, False),  # 896 tiles, and sums that are long to add
+    ],
+)
+def test_tiles_are_shared_where_processors_would_be_idle(m, k, n, shared):
+    tiles, chip = tuning.gpu_tiles("h200", m, n), tuning.GPU_CHIPS["h200"]
+    found = schedule_of(m, k, n, 4, tiles, chip)
+    assert found.split == shared
+    assert dataclasses.replace(found, split=True).share <= dataclasses.replace(found, split=False).share
 
 
 def exported(fn, *args, platform="cuda"):
@@ -239,8 +256,8 @@ DECLINED = {
     "any GPU": (3, {**PLAIN, "chip": None}, {}, "not prepared for one of h100, h200"),
     "rounded inputs": (3, PLAIN, {"activations": jq.ActivationSpec()}, "the inputs are rounded"),
     "many tokens": (513, PLAIN, {}, "513 tokens are so many that it pays to dequantize"),
-    "no tokens": (0, PLAIN, {}, "the result is 0 × 128, and not at least 1 × a multiple of 128"),
-    "outputs": (3, {**PLAIN, "n": 192}, {}, "the result is 3 × 192, and not at least 1 × a multiple of 128"),
+    "no tokens": (0, PLAIN, {}, "the result is 0 × 128, and there are no tiles for it"),
+    "outputs": (3, {**PLAIN, "n": 192}, {}, "the result is 3 × 192, and there are no tiles for it"),
     "groups": (3, {**PLAIN, "group": 32}, {}, "32 input channels share a scale, no multiple of 64"),
     "inputs": (3, {**PLAIN, "k": 96, "group": None}, {}, "96 input channels share a scale, no multiple of 64"),
     "float32": (3, {**PLAIN, "dtype": "float32"}, {}, "inputs are float32, not bfloat16 or float16"),

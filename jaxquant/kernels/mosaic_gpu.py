@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.kernels import reference
-from jaxquant.kernels.tuning import GPU_CHIPS, GPU_TILES, GpuTiles, gpu_tiles
+from jaxquant.kernels.tuning import GPU_CHIPS, GPU_MOST_TOKENS, GPU_TILES, GpuTiles, gpu_tiles
 from jaxquant.numerics.qtensor import QTensor
 
 OLDEST_JAX = (0, 11)  # whose Mosaic GPU has the operations that the kernel needs
@@ -50,11 +50,10 @@ def declines(x: jax.Array, q: QTensor) -> str | None:
 def _shape_declines(m: int, n: int, q: QTensor) -> str | None:
     assert q.prepared is not None
     assert q.prepared.chip is not None
-    tiles = gpu_tiles(q.prepared.chip, m)
-    if tiles is None:
+    if m > GPU_MOST_TOKENS:
         return f"{m} tokens are so many that it pays to dequantize"
-    if m == 0 or n % tiles.tile_n or n == 0:
-        return f"the result is {m} × {n}, and not at least 1 × a multiple of {tiles.tile_n}"
+    if 0 in (m, n) or gpu_tiles(q.prepared.chip, m, n) is None:
+        return f"the result is {m} × {n}, and there are no tiles for it"
     size = math.prod(q.in_shape)
     group = size // q.spec.num_groups(size)
     if group % SHORTEST_STEP or group == 0:
@@ -102,7 +101,7 @@ def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=None) -> jax.Array:
     x, _ = reference.prepared(x, q)
     values, (scale, zero) = q.values.reshape(-1, x.shape[1]), jax.tree.map(_by_group, (q.scale, q.zero_point))
     group = x.shape[1] // len(scale)
-    tiles = gpu_tiles(q.prepared.chip, len(x))
+    tiles = gpu_tiles(q.prepared.chip, len(x), len(values))
     assert tiles is not None
     chip, wide = GPU_CHIPS[q.prepared.chip], dtype if zero is None else jnp.float32
     out = mosaic_gpu_kernel.product(x, values, scale, cut(tiles, group), chip, wide, interpret)

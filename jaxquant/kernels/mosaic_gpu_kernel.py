@@ -13,8 +13,6 @@ The registers that hold the left operand must not be written to before `wgmma` h
 own, and meanwhile another warpgroup has the tensor cores.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,65 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxquant.kernels.mosaic_gpu_schedule import Schedule, schedule_of
 from jaxquant.kernels.tuning import GpuChip, GpuTiles
 
 ROWS = 64  # outputs of one warpgroup: what one `wgmma` takes
 PRE_SCALED = 64  # tokens from which on weights are scaled, and not sums
-REGISTERS = {2: (232, 40), 4: (112, 24)}  # of the warpgroups that multiply, by their number, and of the one that loads
+REGISTERS = {2: (232, 40), 4: (112, 32)}  # of the warpgroups that multiply, by their number, and of the one that loads
 BARRIERS = 1024  # bytes of shared memory, generously
-SUM_LAUNCH = 32_768  # bytes that a processor could load while the sum of partial results is launched
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Which processor does what: each a run of consecutive steps, of all steps of all tiles.
-
-    Attributes:
-      tiles: of the result.
-      steps: along K, for each of them.
-      processors: that share the work.
-      split: whether a tile may have several; otherwise processors take whole tiles in turn.
-    """
-
-    tiles: int
-    steps: int
-    processors: int
-    split: bool
-
-    @property
-    def share(self) -> int:
-        """Steps of one processor, at most."""
-        if self.split:
-            return pl.cdiv(self.tiles * self.steps, self.processors)
-        return pl.cdiv(self.tiles, self.processors) * self.steps
-
-    @property
-    def sharers(self) -> np.ndarray:
-        """How many processors each tile has, int `[tiles]`."""
-        if not self.split:
-            return np.ones(self.tiles, int)
-        start = np.arange(self.tiles) * self.steps
-        return (start + self.steps - 1) // self.share - start // self.share + 1
-
-    def runs(self, processor):
-        """The number of tiles that a processor works on, and a function from 0, 1, … to the parts of them.
-
-        A part is the index of the tile, its first step, one past its last, and which of the tile's partial sums it is.
-        """
-        if not self.split:
-            count = lax.div(self.tiles - processor + self.processors - 1, self.processors)
-            return count, lambda i: (processor + i * self.processors, 0, self.steps, 0)
-        begin = processor * self.share
-        end = jnp.minimum(begin + self.share, self.tiles * self.steps)
-        first = lax.div(begin, self.steps)
-
-        def part(i):
-            tile = first + i
-            start = tile * self.steps
-            low, high = jnp.maximum(begin - start, 0), jnp.minimum(end - start, self.steps)
-            return tile, low, high, processor - lax.div(start, self.share)
-
-        return lax.div(end - 1, self.steps) - first + 1, part
 
 
 def product(
@@ -100,9 +46,9 @@ def product(
     Returns:
       `[M, N]`.
     """
-    m, n = x.shape[0], values.shape[0]
+    (m, k), n = x.shape, len(values)
     x = jnp.pad(x, ((0, -m % tiles.tile_m), (0, 0)))
-    schedule = _schedule(x, values, tiles, chip)
+    schedule = schedule_of(len(x), k, n, jnp.iinfo(values.dtype).bits, tiles, chip)
     sharers = schedule.sharers
     parts = int(sharers.max())
     parts_dtype = dtype if parts == 1 and dtype == x.dtype else jnp.float32
@@ -113,17 +59,6 @@ def product(
         written = written.reshape(parts, shape[3], shape[1]).swapaxes(1, 2)[:, :, None, :, None]
         found = jnp.sum(jnp.where(written, found.reshape(shape), 0), 0).reshape(-1, n)
     return found.reshape(-1, n)[:m].astype(dtype)
-
-
-def _schedule(x, values, tiles: GpuTiles, chip: GpuChip) -> Schedule:
-    """Splits tiles where that is quicker, by the bytes that a processor could load in the time that it takes."""
-    (m, k), n = x.shape, values.shape[0]
-    count, steps = m // tiles.tile_m * (n // tiles.tile_n), k // tiles.tile_k
-    whole, split = (Schedule(count, steps, chip.processors, split) for split in (False, True))
-    loads = tiles.tile_n * tiles.tile_k * jnp.iinfo(values.dtype).bits // 8
-    step = max(loads, 2 * tiles.tile_m * tiles.tile_n * tiles.tile_k / chip.flops_per_byte)
-    sums = int(split.sharers.max()) * tiles.tile_m * tiles.tile_n * 4 * count / chip.processors
-    return split if split.share * step + 2 * sums + SUM_LAUNCH < whole.share * step else whole
 
 
 def _stages(tiles: GpuTiles, chip: GpuChip, bits: int, scale_bytes: int, out_bytes: int) -> int:

@@ -12,12 +12,14 @@ class GpuTiles:
       tile_n: outputs of a tile, 64 for each of the two or four warpgroups that multiply.
       tile_k: the longest step along K; groups that are no multiples of it make it shorter.
       stages: steps whose loads may be under way at a time, if shared memory has room for as many.
+      split: whether processors share the steps of a tile, so that all have as much to do; None decides by the bytes.
     """
 
     tile_m: int
     tile_n: int
     tile_k: int
     stages: int
+    split: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +38,30 @@ class GpuChip:
 
 
 GPU_CHIPS = {"h100": GpuChip(132, 232_448, 240.0), "h200": GpuChip(132, 232_448, 184.0)}  # on SXM boards
-_HOPPER = {  # the most tokens for which a row holds; where there are more, XLA multiplies with dequantized weights
-    8: GpuTiles(tile_m=8, tile_n=128, tile_k=128, stages=8),
-    16: GpuTiles(tile_m=16, tile_n=128, tile_k=128, stages=8),
-    32: GpuTiles(tile_m=32, tile_n=128, tile_k=128, stages=8),
-    64: GpuTiles(tile_m=64, tile_n=128, tile_k=128, stages=6),
-    512: GpuTiles(tile_m=128, tile_n=128, tile_k=128, stages=4),
-}
-GPU_TILES = {"h100": _HOPPER, "h200": _HOPPER}  # chosen by compiling and by counting bytes; none was timed on a chip
+# The most tokens, and the tiles for them; of those that fit, the first are taken. None was timed on a chip. They
+# compile without spilling registers, and are wide because a tile of tokens is read once for each tile of outputs: at
+# 128 × 128, full speed would need more than the second-level cache delivers.
+_HOPPER = (
+    (8, GpuTiles(tile_m=8, tile_n=256, tile_k=128, stages=8)),
+    (16, GpuTiles(tile_m=16, tile_n=256, tile_k=128, stages=8)),
+    (32, GpuTiles(tile_m=32, tile_n=256, tile_k=128, stages=8)),
+    (64, GpuTiles(tile_m=64, tile_n=256, tile_k=128, stages=6)),
+    (512, GpuTiles(tile_m=128, tile_n=256, tile_k=64, stages=6)),  # twice the step would spill registers
+    (8, GpuTiles(tile_m=8, tile_n=128, tile_k=128, stages=8)),
+    (16, GpuTiles(tile_m=16, tile_n=128, tile_k=128, stages=8)),
+    (32, GpuTiles(tile_m=32, tile_n=128, tile_k=128, stages=8)),
+    (64, GpuTiles(tile_m=64, tile_n=128, tile_k=128, stages=6)),
+    (512, GpuTiles(tile_m=128, tile_n=128, tile_k=128, stages=4)),
+)
+GPU_TILES = {"h100": _HOPPER, "h200": _HOPPER}
+GPU_MOST_TOKENS = 512  # beyond, one product of XLA with dequantized weights is quicker than dequantizing in each tile
 
 
-def gpu_tiles(chip: str, tokens: int) -> GpuTiles | None:
-    """The tiles for a number of tokens; None where they are so many that no kernel pays.
+def gpu_tiles(chip: str, tokens: int, outputs: int) -> GpuTiles | None:
+    """The tiles for a product; None where there are none, for so many tokens or for such a number of outputs.
 
     Raises:
       KeyError: there is no table for the chip.
     """
-    return next((tiles for most, tiles in GPU_TILES[chip].items() if tokens <= most), None)
+    rows = GPU_TILES[chip]
+    return next((tiles for most, tiles in rows if tokens <= most and outputs % tiles.tile_n == 0), None)
