@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.kernels import reference
+from jaxquant.kernels import mosaic_gpu, mosaic_gpu_kernel, reference
 from jaxquant.kernels.matmul import chosen, quantized_matmul
 from jaxquant.kernels.tuning import GPU_CHIPS, GpuTiles, gpu_tiles
 
@@ -50,7 +50,9 @@ TOLERANCE = {"gpu": 1e-4, "cpu": 1e-2}  # of the largest result; on a CPU the de
 
 
 def chip_of(device) -> str | None:
-    """The name that `prepare` knows the device by."""
+    """The name that `prepare` knows the device by; None where there is no kernel for it."""
+    if jax.__version_info__ < mosaic_gpu.OLDEST_JAX:
+        return None
     return next((chip for chip in GPU_CHIPS if chip.upper() in device.device_kind.upper()), None)
 
 
@@ -213,8 +215,6 @@ def candidates(base: GpuTiles) -> list[GpuTiles]:
 
 def time_candidates(k: int, n: int, args, chip: str) -> list[dict]:
     """Other tiles than the table's, for four-bit weights."""
-    from jaxquant.kernels import mosaic_gpu_kernel  # not where JAX is too old for it
-
     rows = []
     weights = copies_of("W4 g128", k, n, chip, args.rotate)
     for m in (m for m in args.tokens if m <= 512):

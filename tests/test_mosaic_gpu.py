@@ -3,6 +3,11 @@
 import contextlib
 import dataclasses
 import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +295,24 @@ def test_leading_axes_tensor_scales_and_double_scales_are_declined():
     with jax.enable_x64(True):
         wide = dataclasses.replace(q, scale=q.scale.astype(jnp.float64))
         assert mosaic_gpu.declines(x, wide) == "scales are float64"
+
+
+@needs_mosaic
+def test_the_benchmark_runs_and_stores_its_rows(tmp_path):
+    """On a CPU, where every product is the definition; on a GPU the same command times the kernels."""
+    sizes = ["--shapes", "256x128", "--tokens", "2", "600", "--checked", "3", "--rotate", "1000", "--rounds", "1"]
+    script = Path(__file__).parents[1] / "benchmarks" / "device_gpu.py"
+    command = [sys.executable, "-W", "error", script, "--smoke", *sizes, "--out", tmp_path]
+    subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True)
+    stored = json.loads((tmp_path / "device_gpu.json").read_text())
+    assert (tmp_path / "device_gpu.png").stat().st_size > 10_000
+    assert len(stored["checks"]) == 12
+    assert {row["M"] for row in stored["rows"]} == {2, 600}
+    assert all(row["µs"] > 0 and row["roofline µs"] > 0 and row["error"] < 0.03 for row in stored["rows"])
+    runs = {(row["product"], row["M"]): row["runs"] for row in stored["rows"] if row["runs"]}
+    assert runs["W4 g128, chosen", 2] == "mosaic_gpu"
+    assert runs["W8A8, chosen", 2] == "int8"
+    assert runs["W4 g128, chosen", 600] != "mosaic_gpu"
 
 
 def test_an_old_jax_is_declined(monkeypatch):
