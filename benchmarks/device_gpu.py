@@ -125,7 +125,7 @@ def batched_groups(x, q):
     """One product per group of input channels, as XLA fuses it for few tokens."""
     groups = len(q.scale)
     x = x.reshape(len(x), groups, -1).swapaxes(0, 1)
-    w = q.values.reshape(-1, groups, x.shape[-1]).astype(x.dtype)
+    w = q.prepared.integers(q.values, q.spec.bits).reshape(-1, groups, x.shape[-1]).astype(x.dtype)
     parts = lax.dot_general(x, w, (((2,), (2,)), ((0,), (1,))), preferred_element_type=jnp.float32)  # [G, M, N]
     return jnp.sum(parts * q.scale[:, None].astype(jnp.float32), 0).astype(x.dtype)
 
@@ -224,7 +224,9 @@ def time_candidates(k: int, n: int, args, chip: str) -> list[dict]:
         for tiles in candidates(base):
 
             def product(x, q, tiles=tiles):
-                return mosaic_gpu_kernel.product(x, q.values, q.scale, tiles, GPU_CHIPS[chip], x.dtype)
+                return mosaic_gpu_kernel.product(
+                    x, q.prepared.integers(q.values, q.spec.bits), q.scale, tiles, GPU_CHIPS[chip], x.dtype
+                )
 
             taken = typical(in_turn(product, x, weights), args.rounds) / len(weights)
             rows.append({"K × N": f"{k} × {n}", "M": m, "tiles": str(tiles), "µs": 1e6 * taken})

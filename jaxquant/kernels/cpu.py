@@ -47,7 +47,7 @@ def declines(x: jax.Array, q: QTensor) -> str | None:
     if x.dtype.name not in DIGITS:
         return f"{x.dtype.name} has no digits"
     group = size // q.spec.num_groups(size)
-    if q.prepared.halves(q.spec.bits) and group % RUN:
+    if group % q.prepared.run(q.spec.bits):
         return f"groups of {group} are no whole runs of {RUN}"
     if group > int8.LARGEST_GROUP:
         return f"int32 does not hold sums of more than {int8.LARGEST_GROUP} products"
@@ -85,7 +85,7 @@ class _Layout(NamedTuple):
 
     @property
     def halves(self) -> bool:
-        return self.prepared.halves(self.bits)
+        return self.prepared.shares_bytes(self.bits)
 
 
 def _each(fn: Callable, lead: tuple[int, ...]) -> Callable:

@@ -65,14 +65,6 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
     """As `reference.matmul`, whose derivative it has; `precision` is that of the derivative and of other platforms."""
     definition = functools.partial(reference.matmul, preferred_element_type=preferred_element_type, precision=precision)
 
-    @jax.custom_jvp
-    def run(x, q):
-        return batchable(x, q)
-
-    @run.defjvp
-    def derivative(primals, tangents):
-        return run(*primals), jax.jvp(definition, primals, tangents)[1]
-
     @jax.custom_batching.custom_vmap
     def batchable(x, q):
         kernel = functools.partial(kernel_matmul, dtype=preferred_element_type or x.dtype)
@@ -89,7 +81,7 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
         )
         return lax.map(lambda both: batchable(*both), whole), True
 
-    return run(x, q)
+    return reference.with_derivative(lambda x, q, _: batchable(x, q), x, q, preferred_element_type, precision)
 
 
 def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=None) -> jax.Array:
@@ -99,7 +91,8 @@ def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=None) -> jax.Array:
     assert q.prepared is not None
     assert q.prepared.chip is not None
     x, _ = reference.prepared(x, q)
-    values, (scale, zero) = q.values.reshape(-1, x.shape[1]), jax.tree.map(_by_group, (q.scale, q.zero_point))
+    values = q.prepared.integers(q.values, q.spec.bits).reshape(-1, x.shape[1])
+    scale, zero = jax.tree.map(_by_group, (q.scale, q.zero_point))
     group = x.shape[1] // len(scale)
     tiles = gpu_tiles(q.prepared.chip, len(x), len(values))
     assert tiles is not None

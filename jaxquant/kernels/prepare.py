@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.numerics.prepared import RUN, Platform, Prepared
+from jaxquant.numerics.prepared import Platform, Prepared
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 
 
@@ -23,8 +23,8 @@ def prepare(params: Any, platform: Platform | None, chip: str | None = None) -> 
       chip: "v4", "v5e", "v5p", "v6e" or "tpu7x" of the TPUs, "h100" or "h200" of the GPUs. None is for all of them.
 
     Returns:
-      The tree, whose QTensors have the same codes and scales. On a CPU, weights of 4 bits and less stay as they are
-      where their inputs are no multiple of 32.
+      The tree, whose QTensors have the same codes and scales. Weights of 4 bits and less stay as they are where their
+      number of inputs is odd (GPU), or no multiple of 32 (CPU).
 
     Raises:
       ValueError: there is no such platform or chip.
@@ -35,4 +35,4 @@ def prepare(params: Any, platform: Platform | None, chip: str | None = None) -> 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _prepared(q: QTensor, target: Prepared | None) -> QTensor:
-    return q.laid_out(None if target and target.halves(q.spec.bits) and math.prod(q.in_shape) % RUN else target)
+    return q.laid_out(None if target and math.prod(q.in_shape) % target.run(q.spec.bits) else target)

@@ -44,9 +44,11 @@ def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.A
 
 
 def _matmul(precision, x: jax.Array, q: QTensor, preferred_element_type) -> jax.Array:
+    assert q.prepared is not None
     x, _ = reference.prepared(x, q)
     lead, rows, wide = x.ndim - 2, x.shape[-2], compute_dtype(x.dtype)
-    sizes = q.values.shape
+    codes = q.prepared.integers(q.values, q.spec.bits)
+    sizes = codes.shape
     out = sizes[lead:-1] if q.contract_last else sizes[lead + 1 :]
     t, z = jax.tree.map(lambda a: a.reshape(*sizes[:lead], a.shape[lead], 1, -1), (q.scale, q.zero_point))
     groups = t.shape[lead]
@@ -54,9 +56,9 @@ def _matmul(precision, x: jax.Array, q: QTensor, preferred_element_type) -> jax.
         x = jnp.pad(x, [(0, 0)] * lead + [(0, max(0, FEWEST_ROWS - rows)), (0, 0)])
     x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, lead)  # [*lead, G, T, K/G]
     if q.contract_last:
-        c = jnp.moveaxis(q.values.reshape(*sizes[:lead], -1, groups, x.shape[-1]), -2, lead)  # [*lead, G, N, K/G]
+        c = jnp.moveaxis(codes.reshape(*sizes[:lead], -1, groups, x.shape[-1]), -2, lead)  # [*lead, G, N, K/G]
     else:
-        c = q.values.reshape(*sizes[:lead], groups, x.shape[-1], -1)
+        c = codes.reshape(*sizes[:lead], groups, x.shape[-1], -1)
     stacks = tuple(range(lead + 1))
     dims = ((lead + 2,), (lead + 2 if q.contract_last else lead + 1,)), (stacks, stacks)
     y = lax.dot_general(x, c.astype(x.dtype), dims, precision, wide)

@@ -3,13 +3,16 @@
 A plain QTensor holds codes `[*lead, K, *out]`: int8, or a bitstream for 4 bits and less. Prepared ones hold
 
     tpu    [*lead, K, *out]     int4 for 4 bits and less, int8 above
-    gpu    [*lead, *out, K]     the same
+    gpu    [*lead, *out, K]     int8 for more than 4 bits
+           [*lead, *out, K/2]   int8 for 4 bits and less: byte i holds code 2i in its low half and 2i + 1 in its high
+                                half, which is how int4 lies on a GPU
     cpu    [*lead, *out, K]     int8 for more than 4 bits
            [*lead, *out, K/2]   int8 for 4 bits and less: of each 32 codes along K, byte i holds code i in its low
                                 half, and code i + 16 in its high half
 
 so 2 and 3 bits take as much memory as 4. The contracting axis comes last where a product reads each output's codes in
-turn. Two codes that share a byte are half a run apart, so that a shift of many bytes at once gives codes in their
+turn. On a GPU the bytes become int4 where they are used, because a scan over a stack of int4 copies each slice of it.
+On a CPU, two codes that share a byte are half a run apart, so that a shift of many bytes at once gives codes in their
 order; runs are short, so that groups and shards of the inputs hold whole ones.
 """
 
@@ -18,6 +21,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Platform = Literal["cpu", "gpu", "tpu"]
 CHIPS = {"cpu": (), "gpu": ("h100", "h200"), "tpu": ("v4", "v5e", "v5p", "v6e", "tpu7x")}
@@ -51,33 +55,40 @@ class Prepared:
         """Whether the contracting axis comes after the output axes."""
         return self.platform != "tpu"
 
-    def halves(self, bits: int) -> bool:
-        """Whether codes of this width share bytes."""
-        return self.platform == "cpu" and bits <= 4
+    def run(self, bits: int) -> int:
+        """Codes along K that lie together: what is laid out holds whole runs."""
+        return 1 if bits > 4 else {"cpu": RUN, "gpu": 2, "tpu": 1}[self.platform]
+
+    def shares_bytes(self, bits: int) -> bool:
+        """Whether two codes of this width lie in a byte."""
+        return self.run(bits) > 1
 
     def lay(self, codes: jax.Array, bits: int, axis: int) -> jax.Array:
         """Codes, int8 `[*lead, K, *out]` with K at `axis`, as they are laid out for the platform."""
         if self.contract_last:
             codes = jnp.moveaxis(codes, axis, -1)
-        if self.halves(bits):
-            low, high = _split(codes, RUN // 2)
-            return (low & 15 | high << 4).reshape(*codes.shape[:-1], -1)
+        if self.shares_bytes(bits):
+            half = self.run(bits) // 2
+            runs = codes.reshape(*codes.shape[:-1], -1, 2, half)
+            return (runs[..., 0, :] & 15 | runs[..., 1, :] << 4).reshape(*codes.shape[:-1], -1)
         return codes.astype(jnp.int4) if bits <= 4 else codes
+
+    def integers(self, values: jax.Array, bits: int) -> jax.Array:
+        """The codes one by one, int4 or int8, with the axes in the platform's order."""
+        if not self.shares_bytes(bits):
+            return values
+        if self.platform == "gpu":
+            pairs = lax.bitcast_convert_type(values, jnp.int4)
+        else:
+            pairs = jnp.concatenate(both_halves(values.reshape(*values.shape[:-1], -1, RUN // 2)), -1)
+        return pairs.reshape(*values.shape[:-1], -1)
 
     def codes(self, values: jax.Array, bits: int, axis: int) -> jax.Array:
         """The inverse of `lay`."""
-        if self.halves(bits):
-            runs = values.reshape(*values.shape[:-1], -1, RUN // 2)
-            values = jnp.concatenate(both_halves(runs), -1).reshape(*values.shape[:-1], -1)
-        values = values.astype(jnp.int8)
-        return jnp.moveaxis(values, -1, axis) if self.contract_last else values
+        codes = self.integers(values, bits).astype(jnp.int8)
+        return jnp.moveaxis(codes, -1, axis) if self.contract_last else codes
 
 
 def both_halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The signed codes in the low and in the high halves of bytes, int8 of the same shape."""
     return (values << 4) >> 4, values >> 4
-
-
-def _split(codes: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
-    runs = codes.reshape(*codes.shape[:-1], -1, 2, half)
-    return runs[..., 0, :], runs[..., 1, :]

@@ -192,8 +192,8 @@ class QTensor:
             packed = is_packed(self.spec)
             rows, dtype = (packed_size(size, bits), jnp.uint8) if packed else (size, jnp.int8)
         else:
-            halves = self.prepared.halves(bits)
-            rows, dtype = (size // 2, jnp.int8) if halves else (size, jnp.int4 if bits <= PACKED_BITS else jnp.int8)
+            shared = self.prepared.shares_bytes(bits)
+            rows, dtype = (size // 2, jnp.int8) if shared else (size, jnp.int4 if bits <= PACKED_BITS else jnp.int8)
             axis = -1 if self.contract_last else axis
         _expect("values", self.values, dtype, self.values.shape[axis] == rows)
 

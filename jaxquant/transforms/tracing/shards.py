@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.numerics import statistics
 from jaxquant.numerics.packing import BLOCK
-from jaxquant.numerics.prepared import RUN
 from jaxquant.numerics.qtensor import QTensor, is_packed
 from jaxquant.numerics.statistics import Moments
 from jaxquant.transforms.tracing import compat
@@ -119,10 +118,8 @@ def _split_qtensor(v, local, of_axis, mesh, index) -> tuple | str:
 def _whole_per_shard(q, shards) -> bool:
     size = math.prod(q.in_shape)
     groups = q.spec.num_groups(size)
-    if q.prepared is not None:
-        run = RUN if q.prepared.halves(q.spec.bits) else 1
-    else:
-        run = BLOCK if is_packed(q.spec) else 1
+    plain = BLOCK if is_packed(q.spec) else 1
+    run = plain if q.prepared is None else q.prepared.run(q.spec.bits)
     return shards == 1 or (size % (shards * run) == 0 and (groups == 1 or groups % shards == 0))
 
 
