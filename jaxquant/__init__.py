@@ -11,6 +11,7 @@ from jaxquant.methods.choice import Best as Best
 from jaxquant.methods.choice import MixedPrecision as MixedPrecision
 from jaxquant.methods.gptq import GPTQ as GPTQ
 from jaxquant.methods.llm_int8 import LLMInt8 as LLMInt8
+from jaxquant.methods.lsq import LSQ as LSQ
 from jaxquant.methods.rtn import RTN as RTN
 from jaxquant.methods.smoothquant import SmoothQuant as SmoothQuant
 from jaxquant.models.model import Model as Model
@@ -35,3 +36,7 @@ from jaxquant.transforms.quantize import quantize_params as quantize_params
 from jaxquant.transforms.quantized import quantized as quantized
 from jaxquant.transforms.report import LayerReport as LayerReport
 from jaxquant.transforms.report import Report as Report
+from jaxquant.transforms.training.fake_quantized import fake_quantized as fake_quantized
+from jaxquant.transforms.training.schedule import MovingAverage as MovingAverage
+from jaxquant.transforms.training.schedule import Schedule as Schedule
+from jaxquant.transforms.training.state import QATState as QATState

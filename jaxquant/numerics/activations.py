@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.numerics.affine import Qparams, choose_qparams, decode, encode, fake_quantize
+from jaxquant.numerics.affine import Qparams, choose_qparams, decode, encode, fake_quantize, fake_quantize_to
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, compute_dtype
 from jaxquant.numerics.statistics import InputStatistics, divided
@@ -50,12 +50,7 @@ def round_input(x: jax.Array, static: Qparams | None, activations: ActivationSpe
     _check(static, activations)
     if static is None:
         return fake_quantize(x, activations.spec, contract=_contract(activations), out=())
-    spec, (scale, zero_point) = activations.spec, static
-    wide, scale = x.astype(compute_dtype(x.dtype)), scale.astype(compute_dtype(x.dtype))
-    zero = jnp.zeros_like(scale) if zero_point is None else zero_point.astype(scale.dtype)
-    codes = encode(lax.stop_gradient(wide), scale, zero, spec).astype(wide.dtype)
-    inside = jnp.clip(wide / scale + zero, spec.min_code - 0.5, spec.max_code + 0.5)
-    return ((codes + (inside - lax.stop_gradient(inside)) - zero) * scale).astype(x.dtype)
+    return fake_quantize_to(x, *static, activations.spec)
 
 
 def encode_input(

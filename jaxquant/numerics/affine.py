@@ -114,6 +114,34 @@ def fake_quantize(
     return from_canonical((codes - zero) * scale, contract, out, in_shape).astype(x.dtype)
 
 
+def fake_quantize_to(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
+    """Quantizes and dequantizes with given scales; the arrays broadcast elementwise.
+
+    Rounding has derivative 1, and clamping 1 as far as half a step beyond the codes and 0 further out: whatever rounds
+    to a code passes its gradient, the largest weight too. Scales and zero points are differentiated as in LSQ
+    (arXiv:1902.08153) and LSQ+ (arXiv:2004.09576).
+
+    Args:
+      x: float.
+      scale: positive.
+      zero_point: whole numbers, of any dtype, or floats, which are rounded with derivative 1; None if symmetric.
+      spec: of the codes.
+
+    Returns:
+      The dtype of x.
+    """
+    wide, scale = x.astype(compute_dtype(x.dtype)), scale.astype(compute_dtype(x.dtype))
+    zero = jnp.zeros_like(scale) if zero_point is None else _rounded(zero_point.astype(scale.dtype))
+    codes = encode(*lax.stop_gradient((wide, scale, zero)), spec).astype(wide.dtype)
+    low, high = _limits(spec, wide.dtype)
+    inside = jnp.clip(wide / scale + zero, low - 0.5, high + 0.5)
+    return ((codes + (inside - lax.stop_gradient(inside)) - zero) * scale).astype(x.dtype)
+
+
+def _rounded(x):
+    return lax.stop_gradient(jnp.round(x)) + (x - lax.stop_gradient(x))
+
+
 def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
     """clamp(round(x / scale) + zero_point) as int8; the arrays broadcast elementwise."""
     dtype = compute_dtype(x.dtype)

@@ -48,6 +48,11 @@ def join_bits(config: Any, bits: tuple[Any, ...]) -> Any:
     return _map_specs(lambda spec: _with_bits(_TracedSpec, spec, next(rest)), config)
 
 
+def traced_bits(spec: QuantSpec, bits: jax.Array) -> QuantSpec:
+    """The spec with bits that are traced, an integer `[]`."""
+    return _with_bits(_TracedSpec, spec, bits)
+
+
 def unpacked(q: QTensor) -> QTensor:
     """What a method has made with traced bits, with WIDEST in its spec: the result of a compiled program."""
     return dataclasses.replace(q, spec=_with_bits(QuantSpec, q.spec, WIDEST)) if _is_traced(q.spec) else q

@@ -208,6 +208,31 @@ def empty_like(moments) -> Moments:
     return dataclasses.replace(zeros, rank=jnp.full(moments.rank.shape, EMPTY))
 
 
+def extremes_alone(moments: Moments) -> Moments:
+    """The extremes and the mean of |x| over all channels, as those of one channel, without the Gram matrix and sample.
+
+    A compiled program that reads nothing else computes nothing else.
+    """
+    lead = moments.count.shape
+    nothing = empty_moments(lead, moments.gram.dtype)
+    return dataclasses.replace(
+        nothing,
+        abs_sum=jnp.mean(moments.abs_sum, -1, keepdims=True),
+        lowest=jnp.min(moments.lowest, -1, keepdims=True),
+        highest=jnp.max(moments.highest, -1, keepdims=True),
+        count=moments.count,
+        dropped=moments.dropped,
+    )
+
+
+def empty_moments(lead: tuple[int, ...], dtype) -> Moments:
+    """Moments `[*lead, ...]` of no rows of one channel."""
+    shapes = {"gram": (1, 1), "abs_sum": (1,), "lowest": (1,), "highest": (1,), "count": (), "dropped": ()}
+    zeros = {name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()}
+    rows, rank = jnp.zeros((*lead, SAMPLE_ROWS, 1), dtype), jnp.full((*lead, SAMPLE_ROWS), EMPTY)
+    return Moments(**zeros, rows=rows, rank=rank)
+
+
 def finish(moments: Moments) -> InputStatistics:
     """Divides the sums by their counts."""
     count = jnp.maximum(moments.count, 1)

@@ -17,7 +17,7 @@ from jaxquant.transforms import memory
 from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.tracing import compat, interpreter
-from jaxquant.transforms.tracing.assemble import Inputs, assemble, inputs_of, roles
+from jaxquant.transforms.tracing.assemble import assemble, used_axes
 from jaxquant.transforms.tracing.observer import Observer
 from jaxquant.transforms.tracing.recorder import Recorder
 
@@ -199,15 +199,8 @@ class _Program:
 
 def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
     program, notes = programs[0], [note for p in programs for note in p.notes]
-    found: dict[str, tuple[tuple, tuple, Inputs]] = {}
-    for path in dict.fromkeys(use.path for use in program.uses):
-        uses = {use: sites for use, sites in program.uses.items() if use.path == path}
-        axes = roles(uses, program.sizes[path])
-        if axes is None:
-            ways = sorted({(use.contract, use.out) for use in uses})
-            notes.append((path, f"its products use its axes differently; (summed over, kept): {ways}"))
-            continue
-        found[path] = (*axes, inputs_of(uses, *axes, program.sizes[path]))
+    found, contradictory = used_axes(program.uses, program.sizes)
+    notes += contradictory
     distinct = dict.fromkeys(inputs for _, _, inputs in found.values())
     readers = collections.Counter(site for inputs in distinct for site in inputs.sites)
     shared = {inputs: assemble(inputs, total, all(readers[s] == 1 for s in inputs.sites)) for inputs in distinct}

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
 from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms.arguments import Static, is_hashable
 from jaxquant.transforms.tracing import compat, interpreter, payloads
 from jaxquant.transforms.tracing.views import View
 
@@ -36,13 +36,13 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
         the primitive and the parameter's path. Also where an input that is no array cannot be hashed, and where a
         derivative goes through a function with a derivative rule of its own that takes a quantized weight.
     """
-    compiled = (_compiled_once if _is_hashable(fn) else _compiled)(fn, allow_dense)
+    compiled = (_compiled_once if is_hashable(fn) else _compiled)(fn, allow_dense)
 
     @functools.wraps(fn)
     def run(params, *inputs, **options):
         if not any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
             return fn(params, *inputs, **options)
-        arrays, rest = _Static.split((inputs, options))
+        arrays, rest = Static.split((inputs, options))
         return compiled(params, arrays, rest)
 
     return run
@@ -58,39 +58,6 @@ def _compiled(fn: Callable, allow_dense: bool) -> Callable:
 
 
 _compiled_once = functools.lru_cache(maxsize=64)(_compiled)
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What of a function's inputs is no array: their structure and the other leaves."""
-
-    structure: Any
-    leaves: tuple  # None where an array stands
-    dynamic: tuple[int, ...]
-
-    @classmethod
-    def split(cls, inputs: tuple) -> tuple[list, "_Static"]:
-        flat, structure = jax.tree.flatten(inputs)
-        dynamic = tuple(i for i, leaf in enumerate(flat) if interpreter.traceable(leaf))
-        rest = tuple(None if i in dynamic else leaf for i, leaf in enumerate(flat))
-        for leaf in rest:
-            if not _is_hashable(leaf):
-                raise TypeError(f"input {leaf!r} is no array and not hashable; close over it, or make it a pytree")
-        return [flat[i] for i in dynamic], cls(structure, rest, dynamic)
-
-    def join(self, arrays: list) -> tuple:
-        full = list(self.leaves)
-        for i, a in zip(self.dynamic, arrays, strict=True):
-            full[i] = a
-        return jax.tree.unflatten(self.structure, full)
 
 
 def _interpret(fn, params, inputs, executor):

@@ -77,6 +77,26 @@ def inputs_of(uses: Uses, contract: tuple[int, ...], out: tuple[int, ...], sizes
     return Inputs(tuple(sorted(reads)), tuple(sizes[a] for a in axes))
 
 
+def used_axes(
+    uses: Uses, sizes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...], Inputs]], list[tuple[str, str]]]:
+    """The contracting axes, the output axes and the inputs of each weight that is used, by path.
+
+    `sizes` are the shapes of the weights. The second result are notes (path, what happened) of those whose uses
+    contradict each other, which are left out.
+    """
+    found, notes = {}, []
+    for path in dict.fromkeys(use.path for use in uses):
+        own = {use: sites for use, sites in uses.items() if use.path == path}
+        axes = roles(own, sizes[path])
+        if axes is None:
+            ways = sorted({(use.contract, use.out) for use in own})
+            notes.append((path, f"its products use its axes differently; (summed over, kept): {ways}"))
+            continue
+        found[path] = (*axes, inputs_of(own, *axes, sizes[path]))
+    return found, notes
+
+
 def assemble(inputs: Inputs, total: list[Moments], last: bool) -> InputStatistics:
     """Statistics of the inputs of one or several weights.
 

@@ -35,29 +35,34 @@ class Observer:
 
     def rename(self, it, steps, eqn, ins):
         """The operation itself gives the new payloads."""
-        outs = it.bind(eqn, _dense(ins))
+        outs = it.bind(eqn, dense_values(ins))
         return [dataclasses.replace(view, payload=out) for (view, _), out in zip(steps, outs, strict=True)]
 
     def lookup(self, it, lookup: Lookup, eqn, ins):
         """Rows of an embedding are noted, and keep no statistics."""
         self.lookups.add(lookup.view.path)
-        return it.bind(eqn, _dense(ins))
+        return it.bind(eqn, dense_values(ins))
 
     def dense(self, eqn, values, why):
         """Harmless, because the weights are dense; noted."""
         self.notes += [(path, f"`{eqn.primitive.name}`: {why}") for path in interpreter.paths_of(values)]
-        return _dense(values)
+        return dense_values(values)
 
     def results(self, outs: list) -> list[jax.Array]:
         """The results of the function."""
-        return _dense(outs)
+        return dense_values(outs)
 
     def product(self, it, product: Product):
         """Records the input of a product."""
-        view = product.view
-        why = _untracked(product) if it.recorder.keeps else "it decides when a loop ends"
+        why = untracked(product) if it.recorder.keeps else "it decides when a loop ends"
         if why is not None:
             return it.other(product.eqn, product.ins, why)
+        self.record(it, product)
+        return it.bind(product.eqn, dense_values(product.ins))
+
+    def record(self, it, product: Product) -> None:
+        """Notes the use of the weight, and moments of the input unless they are known."""
+        view = product.view
         stack = (*_local_positions(product), *product.stack_factors)
         starts = tuple((axis, at) for axis, at in view.cut if at is not None)
         follows = _follows(it, product)
@@ -65,22 +70,25 @@ class Observer:
         use = Use(view.path, product.contract_axes, product.out_axes, stack, view.leads, starts, same)
         arrays = (product.x, product.groups, *view.index)
         it.recorder.record(use, arrays, _signature(product), lambda: self._moments(it, product))
-        return it.bind(product.eqn, _dense(product.ins))
 
     def _moments(self, it, product: Product) -> Moments:
-        observe = compat.compiler_sharded(functools.partial(_observe, product), product.x, PartitionSpec())
-        position, real, again = self._tokens(it, product)
-        groups = product.groups
-        if again is not None:
-            real = jnp.full(position.shape, ~again) if real is None else real & ~again
-            groups = None if groups is None else jnp.where(again, 0, groups)
-        moments = observe(product.x, groups, position, real)
+        moments = self.observe(it, product)
         for _ in _local_positions(product):
             moments = jax.tree.map(lambda a: a[None], moments)
         view = product.view
         for lead in reversed([lead for lead in view.leads if lead.how == "traced"]):
             moments = _scattered(moments, lead.factor.size, view.index[lead.at])
         return moments
+
+    def observe(self, it, product: Product) -> Moments:
+        """Moments of the input of one product, `[*factors that it stacks, ...]`."""
+        observe = compat.compiler_sharded(functools.partial(_observe, product), product.x, PartitionSpec())
+        position, real, again = self._tokens(it, product)
+        groups = product.groups
+        if again is not None:
+            real = jnp.full(position.shape, ~again) if real is None else real & ~again
+            groups = None if groups is None else jnp.where(again, 0, groups)
+        return observe(product.x, groups, position, real)
 
     def _tokens(self, it, product: Product) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Each row's position in the stream, whether it is a token, and whether they all have been seen before.
@@ -153,7 +161,7 @@ def _local_positions(product: Product) -> dict[Factor, str]:
     return {Factor(axis, 1, 1): name for axis, name in view.sharded if axis not in named}
 
 
-def _untracked(product: Product) -> str | None:
+def untracked(product: Product) -> str | None:
     """Why no statistics can be kept of a product; None if they can."""
     view, cut, sharded = product.view, dict(product.view.cut), dict(product.view.sharded)
     stacking = [*product.stack_factors, *(lead.factor for lead in view.leads)]
@@ -182,7 +190,8 @@ def _signature(product: Product) -> tuple:
     return order, batch, leads, shards, tuple(_local_positions(product).values()), tuple(_token_axes(product))
 
 
-def _dense(ins: list) -> list:
+def dense_values(ins: list) -> list:
+    """The values, with the dense payloads of views."""
     return [v.payload if isinstance(v, View) else v for v in ins]
 
 

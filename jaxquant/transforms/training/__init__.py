@@ -1,0 +1,1 @@
+"""Training with rounded numbers: fake quantization, learned ranges, adapters of quantized weights."""
