@@ -26,6 +26,7 @@ from jaxquant.methods.rtn import RTN
 from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
+from jaxquant.transforms.stream import Predecessors
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
 _READERS = {  # of the options that not every method reads
@@ -110,7 +111,12 @@ def _add_quantize(commands) -> None:
     )
     parser.add_argument("--format", choices=("jaxquant", "compressed-tensors"), default="jaxquant",
                         help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--predecessors", choices=get_args(Predecessors), default="quantized",
+                        help="calibrate each layer behind the quantized layers before it, or behind the float ones "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in DIR")
+    parser.add_argument("--no-resume", action="store_true",
+                        help="begin anew where a run that writes DIR was not finished")  # fmt: skip
 
 
 def _add_evaluate(commands) -> None:
@@ -164,7 +170,9 @@ def _quantize(args) -> None:
             num_samples=args.num_samples,
             seq_len=args.seq_len,
             format=args.format,
+            predecessors=args.predecessors,
             overwrite=args.overwrite,
+            resume=not args.no_resume,
             progress=progress,
         )
     if args.json:

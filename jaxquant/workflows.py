@@ -1,8 +1,7 @@
 """Whole jobs on checkpoints: load, calibrate, quantize, save; load and evaluate. The command line calls these."""
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +13,13 @@ from jaxquant.evaluation.corpus import standard_library_text
 from jaxquant.evaluation.data import read_tokens, take_samples
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
-from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.pretrained import Checkpoint
+from jaxquant.streaming import LayerByLayer, Progress
 from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
-from jaxquant.transforms.stream import quantize_blocks, stack_blocks
-from jaxquant.transforms.tracing.interpreter import named_leaves
+from jaxquant.transforms.stream import Predecessors
 
 BATCH_TOKENS = 1024  # that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
-
-Progress = Callable[[str, int, int], None]  # (what, done, in all)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -105,7 +100,9 @@ def quantize_checkpoint(
     num_samples: int = 128,
     seq_len: int = 512,
     format: pretrained.Format = "jaxquant",
+    predecessors: Predecessors = "quantized",
     overwrite: bool = False,
+    resume: bool = True,
     progress: Progress = silent,
 ) -> Report:
     """Quantizes every linear layer of a checkpoint and writes the result to a directory.
@@ -119,11 +116,14 @@ def quantize_checkpoint(
       num_samples: calibration samples.
       seq_len: tokens in each, cut to the model's context.
       format: "jaxquant" or "compressed-tensors".
+      predecessors: what a layer is calibrated behind: the layers before it as they are "quantized", or "float".
       overwrite: replaces an existing checkpoint.
+      resume: continues a run with the same arguments that was not finished, and gives what it would have given. Without
+        it, what such a run has done is removed.
       progress: called as the work goes on.
 
     Raises:
-      ValueError, OSError: bad input; nothing is written.
+      ValueError, OSError: bad input, or an unfinished run with other arguments. Nothing is written under `out`.
     """
     if hasattr(config, "configs"):
         raise ValueError(
@@ -137,56 +137,13 @@ def quantize_checkpoint(
     checkpoint = pretrained.open_pretrained(directory).with_dtype("float32")
     if checkpoint.is_quantized:
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
-    _check_finite(checkpoint)
-    samples = None
+    data = None
     if needs_statistics(config) or calibration is not None:
         samples = calibration_samples(checkpoint.model, TextSource(directory), calibration, num_samples, seq_len)
+        data = [(np.asarray(batch), None) for batch in batches(samples)]
     rules = checkpoint.model.layer_rules(config, foldable=format != "jaxquant")
-    params, report = _quantize_layers(checkpoint, samples, rules, progress)
-    pretrained.save(out, checkpoint.model, params, format=format, overwrite=overwrite)
-    return report
-
-
-def _quantize_layers(
-    checkpoint: Checkpoint, samples: np.ndarray | None, rules: list, progress: Progress
-) -> tuple[Any, Report]:
-    """Quantizes the linear layers, one layer of the model at a time. Returns all parameters and the report on them."""
-    blocks, count = checkpoint.model.blocks, checkpoint.model.config.num_layers
-    inputs, done = None, list[tuple[Any, Report]]()
-    if samples is not None:
-        embedding = checkpoint.outer()["embed_tokens"]["embedding"]
-        inputs = [blocks.embed(embedding, batch) for batch in batches(samples)]
-        del embedding
-
-    def layers() -> Iterator[Any]:
-        for i in range(count):
-            yield checkpoint.layers(range(i, i + 1)) | {"windows": blocks.windows[i : i + 1]}
-
-    def calibrating(batches: int, total: int) -> None:
-        progress("calibrating", len(done) * total + batches, count * total)
-
-    expected = {"count": count, "beside": checkpoint.outer_bytes}
-    for block in quantize_blocks(blocks.apply, layers(), inputs, rules, **expected, progress=calibrating):
-        done.append(block)
-        progress("quantizing", len(done), count)
-    stack, report = stack_blocks(done)
-    params = checkpoint.outer() | {"layers": stack["layers"]}
-    after = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return params, dataclasses.replace(
-        report,
-        unchanged=tuple(path for path, leaf in named_leaves(params, is_qtensor) if not is_qtensor(leaf)),
-        bytes_before=after + report.bytes_before - report.bytes_after,
-        bytes_after=after,
-    )
-
-
-def _check_finite(checkpoint: Checkpoint) -> None:
-    """Reads everything once, before hours of work, and raises ValueError for what is not finite."""
-    for name, array in checkpoint.stored():
-        bad = array.size - np.count_nonzero(np.isfinite(array))
-        if bad:
-            where = f"{checkpoint.directory}: {name}"
-            raise ValueError(f"{where}: {bad} of its {array.size} entries are not finite; repair it first")
+    work = LayerByLayer(checkpoint, rules, data, format, predecessors)
+    return work.run(out, overwrite=overwrite, resume=resume, progress=progress)
 
 
 class Evaluation(NamedTuple):

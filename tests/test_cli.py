@@ -17,8 +17,6 @@ import jaxquant as jq
 from jaxquant import cli, demo, workflows
 from jaxquant.models import TINYLM
 from jaxquant.models.names import tensors_from_params
-from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.transforms import memory
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -274,20 +272,6 @@ def test_memory_is_told_before_work_and_refused(checkpoint, tmp_path, capsys, mo
     assert not (tmp_path / "r").exists()
 
 
-def test_memory_of_all_layers_is_counted(checkpoint, tmp_path, capsys, monkeypatch):
-    """Results are held twice in the end, apart and in one stack, beside what is not quantized."""
-    estimates = {}
-    monkeypatch.setattr(memory, "ensure_fits", lambda estimate, _: estimates.update({estimate.call: estimate}))
-    out = tmp_path / "q"
-    assert run(capsys, *quantize_arguments(checkpoint, out, "--method", "gptq", "--bits", 3))[0] == 0
-    _, params = jq.load_pretrained(out)
-    layers = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
-    outer = sum(leaf.nbytes for key, tree in params.items() if key != "layers" for leaf in jax.tree.leaves(tree))
-    parts = estimates["quantize_params"].parts
-    assert parts["quantized weights"] == 2 * sum(q.nbytes for q in layers)
-    assert parts["other parameters"] == outer
-
-
 def test_nan_weights_are_named(checkpoint, tmp_path, capsys):
     model, params = jq.load_pretrained(checkpoint / "model")
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
@@ -317,7 +301,7 @@ def test_an_interrupted_command_says_so_in_a_line(checkpoint, tmp_path, capsys, 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxquant.workflows.quantize_blocks", interrupt)
+    monkeypatch.setattr("jaxquant.transforms.stream.Stream.quantize", interrupt)
     status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "q"))
     assert (status, text) == (130, "")
     assert error.strip().splitlines()[-1] == "jaxquant: interrupted"
