@@ -104,7 +104,14 @@ def _add_quantize(commands) -> None:
     parser.add_argument("--alpha", type=float,
                         help="SmoothQuant: 0 to 1 (default: searched for each weight)")  # fmt: skip
     parser.add_argument("--threshold", type=float, help="LLM.int8(): size of an outlier (default: 6.0)")
-    parser.add_argument("--calibration", metavar="FILE", help=DATA_HELP + "Python's standard library")
+    parser.add_argument("--calibration", metavar="DATA",
+                        help="data set of the hub (owner/name, owner/name:config), or " + DATA_HELP
+                        + "Python's standard library")  # fmt: skip
+    parser.add_argument("--field", default="text", metavar="NAME",
+                        help="what the text is called in a .jsonl file or data set (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--pad", action="store_true",
+                        help="a document per sample, cut or padded (default: a stream, cut into samples)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the choice among documents (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--seq-len", type=int, default=512, metavar="T", help="tokens per sample (default: %(default)s)"
@@ -169,6 +176,9 @@ def _quantize(args) -> None:
             calibration=args.calibration,
             num_samples=args.num_samples,
             seq_len=args.seq_len,
+            field=args.field,
+            pad=args.pad,
+            seed=args.seed,
             format=args.format,
             predecessors=args.predecessors,
             overwrite=args.overwrite,

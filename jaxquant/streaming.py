@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.checkpoints.resumable import Run, resumable_directory
+from jaxquant.evaluation.data import Samples
 from jaxquant.models.names import parameter_shapes
 from jaxquant.parts import ModelParts
 from jaxquant.pretrained import SOURCE, Checkpoint, Format
@@ -33,15 +34,16 @@ class LayerByLayer:
     Attributes:
       checkpoint: the float model.
       rules: a recipe for the parameters of a layer, as `Model.layer_rules` gives.
-      batches: token ids `[batch, time]` of each batch, and which are real, bool of that shape, or None for all. None
-        for methods that need no calibration.
+      samples: to calibrate with; None for methods that need no calibration.
+      batch_tokens: how many of their tokens run together.
       format: of the files.
       predecessors: as for `Stream`.
     """
 
     checkpoint: Checkpoint
     rules: Sequence[tuple[str, Any]]
-    batches: Sequence[tuple[np.ndarray, Any]] | None
+    samples: Samples | None
+    batch_tokens: int
     format: Format
     predecessors: Predecessors
 
@@ -60,7 +62,7 @@ class LayerByLayer:
         return {
             "model": _digest(self.checkpoint),
             "recipe": f"{self.rules}, predecessors={self.predecessors}",
-            "data": "none" if self.batches is None else digest_of(self.batches),
+            "data": "none" if self.samples is None else f"{self.samples.sha256}, {self.batch_tokens} tokens together",
             "format": self.format,
             "version": f"jaxquant {metadata.version('jaxquant')}, JAX {jax.__version__}",
             "devices": jax.devices()[0].device_kind,
@@ -69,6 +71,11 @@ class LayerByLayer:
     @property
     def _count(self) -> int:
         return self.checkpoint.model.config.num_layers
+
+    @property
+    def _batches(self) -> list[Samples]:
+        samples = self.samples
+        return [] if samples is None else samples.batches(max(1, self.batch_tokens // samples.tokens.shape[1]))
 
     @property
     def _parts(self) -> ModelParts:
@@ -87,7 +94,7 @@ class LayerByLayer:
             blocks.apply,
             self.rules,
             self._inputs(run),
-            masks=None if self.batches is None else [real for _, real in self.batches],
+            masks=[batch.real for batch in self._batches],
             predecessors=self.predecessors,
             progress=calibrating,
         )
@@ -104,14 +111,14 @@ class LayerByLayer:
 
     def _inputs(self, run: Run) -> list[jax.Array] | None:
         """The inputs of the layer that comes next."""
-        if self.batches is None:
+        if self.samples is None:
             return None
         if run.notes:
             state = run.state()
             return [jnp.asarray(state.pop(name)) for name in sorted(state)]
         embed = self.checkpoint.model.blocks.embed
         inputs = []
-        for tokens, _ in self.batches:
+        for tokens, _ in self._batches:
             distinct, places = np.unique(tokens, return_inverse=True)  # not the whole embedding, which may be large
             inputs.append(embed(jnp.asarray(self.checkpoint.rows(distinct)), jnp.asarray(places.reshape(tokens.shape))))
         return inputs
@@ -135,15 +142,6 @@ class LayerByLayer:
             bytes_before=after + report.bytes_before - report.bytes_after,
             bytes_after=after,
         )
-
-
-def digest_of(batches: Sequence[tuple[np.ndarray, Any]]) -> str:
-    """A checksum of token ids, and of which of them are real."""
-    digest = hashlib.sha256()
-    for tokens, real in batches:
-        digest.update(f"{tokens.shape}{real is None}".encode() + tokens.astype("<i4").tobytes())
-        digest.update(b"" if real is None else real.astype(bool).tobytes())
-    return digest.hexdigest()
 
 
 def _digest(checkpoint: Checkpoint) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ import jaxquant as jq
 from jaxquant import cli, demo, workflows
 from jaxquant.models import TINYLM
 from jaxquant.models.names import tensors_from_params
+from jaxquant.numerics.statistics import HELD_OUT_EVERY, token_hash
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -361,3 +363,17 @@ def test_demo(tmp_path, capsys, monkeypatch):
 
 def test_packaged_model_is_small():
     assert sum(file.stat().st_size for file in Path(TINYLM).iterdir()) <= 10_000_000
+
+
+def test_padding_and_the_data_are_in_the_report(checkpoint, tmp_path, capsys):
+    arguments = quantize_arguments(checkpoint, tmp_path / "q", "--pad", "--seq-len", 48, "--seed", 3, "--json")
+    report = json.loads(run(capsys, *arguments)[1])
+    data, layers = report["calibration"], report["layers"]
+    assert data["source"] == str(checkpoint / "tokens.npy")
+    assert (data["sequences"], data["length"], data["tokens"]) == (32, 48, 32 * 32)
+    assert (data["pad"], data["seed"], len(data["sha256"])) == (True, 3, 64)
+    positions = np.arange(32 * 48).reshape(32, 48)[:, :32]
+    held = np.asarray(token_hash(jnp.asarray(positions.ravel(), jnp.uint32))) % HELD_OUT_EVERY == 0
+    assert {layer["tokens"] for layer in layers} == {32 * 32 - held.sum()}
+    rounded = quantize_arguments(checkpoint, tmp_path / "r", "--method", "rtn", "--json")
+    assert json.loads(run(capsys, *rounded[:6], *rounded[-3:])[1])["calibration"] is None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Calibration, Statistics
@@ -34,7 +35,7 @@ class Stream:
         recipe: Any,
         inputs: Sequence[Any] | None,
         *,
-        masks: Sequence[jax.Array | None] | None = None,
+        masks: Sequence[Any] | None = None,
         predecessors: Predecessors = "quantized",
         progress: Progress | None = None,
     ):
@@ -54,7 +55,8 @@ class Stream:
         if predecessors not in get_args(Predecessors):
             raise ValueError(f"predecessors={predecessors!r} is not one of {', '.join(get_args(Predecessors))}")
         self.inputs = None if inputs is None else list(inputs)
-        self._masks = [None] * len(inputs or ()) if masks is None else list(masks)
+        masks = [None] * len(inputs or ()) if masks is None else masks
+        self._masks = [None if real is None else jnp.asarray(real, bool) for real in masks]
         self._fn, self._recipe, self._progress = fn, recipe, progress
         self._through_float = predecessors == "float"
         self._calibration = Calibration(fn, recipe, keep_results=self._through_float)
