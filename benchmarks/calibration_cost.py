@@ -44,7 +44,8 @@ def bound(model, params, tokens):
 
 def main(rounds: int) -> None:
     model, params = jq.load_pretrained("tinylm", dtype="float32")
-    samples = workflows.calibration_samples(model, workflows.TextSource("tinylm"), None, BATCH * rounds, TIME)
+    text = workflows.TextSource("tinylm")
+    samples = workflows.calibration_samples(model, text, None, BATCH * rounds, TIME).tokens
     batches = [jnp.asarray(samples[i : i + BATCH]) for i in range(0, len(samples), BATCH)]
     recipe = model.recipe(jq.RTN(jq.int4()))
     floor = bound(model, params, batches[0])

@@ -65,7 +65,7 @@ def compared(model, params, stats, config, tokens) -> dict[str, Any]:
 def measure() -> dict:
     model, params = jq.load_pretrained("tinylm", dtype="float32")
     text = workflows.TextSource("tinylm")
-    samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH)
+    samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH).tokens
     tokens = text.corpus("held_out", WINDOWS * CONTEXT)
     models = {"packaged model": params, "outlier twin": outlier_twin(params)}
     stats = {name: jq.calibrate(model.apply, p, workflows.batches(samples)) for name, p in models.items()}

@@ -91,7 +91,7 @@ def shown(difference: np.ndarray, sign: str = "") -> str:
 def measure(peer: str) -> dict:
     text = workflows.TextSource("tinylm")
     model, _ = jq.load_pretrained("tinylm")
-    samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH)
+    samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH).tokens
     windows = torch.from_numpy(text.corpus("held_out", WINDOWS * LENGTH).astype(np.int64)).reshape(-1, LENGTH)
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ from jaxquant.methods.rtn import RTN
 from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
+from jaxquant.transforms.stream import Predecessors
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
 _READERS = {  # of the options that not every method reads
@@ -103,14 +104,26 @@ def _add_quantize(commands) -> None:
     parser.add_argument("--alpha", type=float,
                         help="SmoothQuant: 0 to 1 (default: searched for each weight)")  # fmt: skip
     parser.add_argument("--threshold", type=float, help="LLM.int8(): size of an outlier (default: 6.0)")
-    parser.add_argument("--calibration", metavar="FILE", help=DATA_HELP + "Python's standard library")
+    parser.add_argument("--calibration", metavar="DATA",
+                        help="data set of the hub (owner/name, owner/name:config), or " + DATA_HELP
+                        + "Python's standard library")  # fmt: skip
+    parser.add_argument("--field", default="text", metavar="NAME",
+                        help="what the text is called in a .jsonl file or data set (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--pad", action="store_true",
+                        help="a document per sample, cut or padded (default: a stream, cut into samples)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the choice among documents (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--seq-len", type=int, default=512, metavar="T", help="tokens per sample (default: %(default)s)"
     )
     parser.add_argument("--format", choices=("jaxquant", "compressed-tensors"), default="jaxquant",
                         help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--predecessors", choices=get_args(Predecessors), default="quantized",
+                        help="calibrate each layer behind the quantized layers before it, or behind the float ones "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in DIR")
+    parser.add_argument("--no-resume", action="store_true",
+                        help="begin anew where a run that writes DIR was not finished")  # fmt: skip
 
 
 def _add_evaluate(commands) -> None:
@@ -163,8 +176,13 @@ def _quantize(args) -> None:
             calibration=args.calibration,
             num_samples=args.num_samples,
             seq_len=args.seq_len,
+            field=args.field,
+            pad=args.pad,
+            seed=args.seed,
             format=args.format,
+            predecessors=args.predecessors,
             overwrite=args.overwrite,
+            resume=not args.no_resume,
             progress=progress,
         )
     if args.json:

@@ -87,7 +87,7 @@ def run(progress: workflows.Progress = workflows.silent) -> Demo:
     """Quantizes the packaged model by each method at each width and evaluates each on held-out text."""
     model, params = pretrained.load_pretrained("tinylm", dtype="float32")
     text = workflows.TextSource("tinylm")
-    samples = workflows.calibration_samples(model, text, None, *CALIBRATION)
+    samples = workflows.calibration_samples(model, text, None, *CALIBRATION).tokens
     tokens = text.corpus("held_out", EVALUATION[0] * EVALUATION[1])
     recipe = model.recipe(RTN(QuantSpec()))  # only which weights matters here: one pass serves all that follow
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -115,7 +116,11 @@ def _stored(directory: Path, config: DecoderConfig | None, paths: set[str]) -> C
 
 def _native_owner(name: str, paths: set[str]) -> str:
     path = path_of(name)
-    return path if path in paths else path.rpartition("/")[0]  # an array, or one of a QTensor's
+    for known in (path, re.sub(r"^layers/\d+/", "layers/", path)):  # layers that lie apart may be loaded as a stack
+        for owner in (known, known.rpartition("/")[0]):  # an array, or one of a QTensor's
+            if owner in paths:
+                return owner
+    return path
 
 
 def _owner(name: str, owners: Mapping[str, str]) -> str:

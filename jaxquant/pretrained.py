@@ -45,7 +45,7 @@ from jaxquant.transforms.fold import fold
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
 Format = Literal["jaxquant", "compressed-tensors"]
-_SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
+SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
 _ONE_SPEC = "and a stack of layers has one spec"
 _STORAGE = "quantization_config"  # how the tensors were stored, which is no property of the loaded model
 
@@ -114,24 +114,29 @@ class Checkpoint:
         """The same, computed in another dtype."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, dtype=jnp.dtype(dtype)))
 
-    def outer(self) -> dict[str, Any]:
-        """The parameters outside of the layers. Errors as `load_pretrained`."""
+    def outer(self, only: str | None = None) -> dict[str, Any]:
+        """The parameters outside of the layers, or one of their subtrees. Errors as `load_pretrained`."""
         if isinstance(self.source, dict):
-            return {name: value for name, value in self.source.items() if name != "layers"}
-        return outer_params(self.model.config, self.source)
+            return {name: self.source[name] for name in (self.outer_names if only is None else [only])}
+        return outer_params(self.model.config, self._tensors, only)
 
     @property
-    def outer_bytes(self) -> int:
-        """The bytes of the parameters outside of the layers, which must be floats."""
+    def outer_names(self) -> list[str]:
+        """The names of the subtrees outside of the layers."""
+        names = (path.partition("/")[0] for path in parameter_shapes(self.model.config))
+        return [name for name in dict.fromkeys(names) if name != "layers"]
+
+    def rows(self, tokens: np.ndarray) -> np.ndarray:
+        """Some rows of the embedding, of a float model."""
         if isinstance(self.source, dict):
-            return sum(leaf.nbytes for leaf in jax.tree.leaves(self.outer()))
+            return np.asarray(self.source["embed_tokens"]["embedding"])[tokens]
         paths = tensor_paths(self.model.config)
-        return sum(self.source.nbytes(name) for name, path in paths.items() if not path.startswith("layers/"))
+        return self._tensors[next(name for name in paths if paths[name] == "embed_tokens/embedding")][tokens]
 
     def layers(self, layers: range) -> dict[str, Any]:
         """The parameters of some layers, as `{"layers": ...}`, stacked. Errors as `load_pretrained`."""
         if not isinstance(self.source, dict):
-            return layer_params(self.model.config, self.source, layers)
+            return layer_params(self.model.config, self._tensors, layers)
         if is_stacked(self.source):
             return {"layers": jax.tree.map(lambda a: a[layers.start : layers.stop], self.source["layers"])}
         return stack_layers({"layers": {str(i): self.source["layers"][str(i)] for i in layers}})
@@ -160,7 +165,12 @@ class Checkpoint:
         if isinstance(self.source, dict):
             yield from ((path, np.asarray(leaf)) for path, leaf in named_leaves(self.source))
         else:
-            yield from ((name, self.source[name]) for name in tensor_paths(self.model.config))
+            yield from ((name, self._tensors[name]) for name in tensor_paths(self.model.config))
+
+    @property
+    def _tensors(self) -> Mapping[str, Any]:
+        """The source, if it is one of tensors; float ones as maps of the files, because they are copied at once."""
+        return self.source.mapped if isinstance(self.source, Tensors) else self.source
 
     @property
     def is_quantized(self) -> bool:
@@ -177,7 +187,7 @@ def open_pretrained(name: str | os.PathLike) -> Checkpoint:
         raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
     hf_config = read_json(directory / CONFIG)
     storage = hf_config.pop(_STORAGE, None)
-    model = Model.from_hf({**hf_config, _SOURCE: os.path.abspath(directory)})
+    model = Model.from_hf({**hf_config, SOURCE: os.path.abspath(directory)})
     if (directory / HEADER).is_file():
         source = read_tree(directory)
         _check_parameters(model.config, source, is_stacked(source))
@@ -271,7 +281,7 @@ def _open(directory: Path, storage: Any, config: DecoderConfig) -> Tensors | Com
     method = storage.get("quant_method") if isinstance(storage, dict) else storage
     if method != METHOD:
         raise ValueError(f"{directory / CONFIG}: quant_method={method!r} is not read; supported: {METHOD}")
-    return CompressedTensors(directory, storage, _classes(config))
+    return CompressedTensors(directory, storage, classes_of(config))
 
 
 def _uneven(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> str | None:
@@ -298,7 +308,7 @@ def _check_parameters(config: DecoderConfig, params: Any, stacked: bool) -> None
 
 def _write_model(directory: Path, model: Model, params: Any, format: Format) -> None:
     hf_config = json.loads(model.hf_config)
-    source = hf_config.pop(_SOURCE, None)
+    source = hf_config.pop(SOURCE, None)
     _check_parameters(model.config, params, model.stacked)
     if format == "jaxquant":
         write_tree(directory, params)
@@ -310,12 +320,12 @@ def _write_model(directory: Path, model: Model, params: Any, format: Format) -> 
                 "quantized weight; leave it as it is, or format='jaxquant'"
             )
         tensors = tensors_from_params(model.config, fold(params, model.fold_pairs))
-        write_compressed_tensors(directory, hf_config, tensors, _classes(model.config))
+        write_compressed_tensors(directory, hf_config, tensors, classes_of(model.config))
     if source is not None:
         copy_companions(Path(source), directory)
 
 
-def _classes(config: DecoderConfig) -> dict[str, str]:
+def classes_of(config: DecoderConfig) -> dict[str, str]:
     """Hugging Face's names of all Linear and Embedding modules, with their class.
 
     The output head is a Linear even where it shares its weight.

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,21 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import pretrained
+from jaxquant.evaluation import hub_data
 from jaxquant.evaluation.corpus import standard_library_text
-from jaxquant.evaluation.data import read_tokens, take_samples
+from jaxquant.evaluation.data import (
+    ENDINGS,
+    Samples,
+    pad_documents,
+    read_documents,
+    read_tokens,
+    read_until,
+    take_samples,
+)
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
-from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.pretrained import Checkpoint
+from jaxquant.streaming import LayerByLayer, Progress
 from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
-from jaxquant.transforms.stream import quantize_blocks, stack_blocks
-from jaxquant.transforms.tracing.interpreter import named_leaves
+from jaxquant.transforms.stream import Predecessors
 
 BATCH_TOKENS = 1024  # that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
-
-Progress = Callable[[str, int, int], None]  # (what, done, in all)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -72,12 +78,49 @@ class TextSource:
         return np.asarray(tokens[:at_most], np.int32)
 
 
-def calibration_samples(model: Model, text: TextSource, file: str | None, count: int, length: int) -> np.ndarray:
-    """Token samples `[count, length]` for calibration, from a file or the built-in text's training split."""
+def calibration_samples(
+    model: Model,
+    text: TextSource,
+    source: str | None,
+    count: int,
+    length: int,
+    *,
+    field: str = "text",
+    pad: bool = False,
+    seed: int = 0,
+) -> Samples:
+    """Samples for calibration.
+
+    Args:
+      model: whose vocabulary and context they must fit.
+      text: its tokenizer, and the built-in text.
+      source: a file of text or token ids, a data set of the Hugging Face hub ("owner/name" or "owner/name:config"), or
+        None for the built-in text's training split.
+      count: samples, at most.
+      length: tokens in each, cut to the model's context.
+      field: what the text is called in a `.jsonl` file or a data set.
+      pad: one document for each sample, cut or padded, in place of one stream that is cut into pieces.
+      seed: decides which documents are taken where there are more.
+
+    Raises:
+      ValueError, OSError: as `read_tokens` and `hub_data.texts`, or a token is outside of the vocabulary.
+    """
     length = min(length, model.config.max_position_embeddings)
-    tokens = text.corpus("train", 8 * count * length) if file is None else read_tokens(file, text.encode)
-    model.check_tokens(tokens)
-    return take_samples(tokens, count, length)
+    wanted = {"documents": count} if pad else {"tokens": count * length}
+    if source is None:
+        documents = [text.corpus("train", 8 * count * length)]
+    elif not Path(source).exists() and Path(source).suffix not in ENDINGS and hub_data.is_name(source):
+        documents = read_until(hub_data.texts(source, field=field, seed=seed), text.encode, **wanted)
+    elif pad:
+        documents = read_documents(source, text.encode, field=field)
+    else:
+        documents = [read_tokens(source, text.encode, field=field)]
+    if pad:
+        samples = pad_documents(documents, count, length, seed)
+    else:
+        samples = Samples(take_samples(np.concatenate(documents), count, length), None)
+    model.check_tokens(samples.tokens)
+    return samples
 
 
 def evaluation_tokens(model: Model, text: TextSource, file: str | None, context: int) -> np.ndarray:
@@ -104,8 +147,13 @@ def quantize_checkpoint(
     calibration: str | None = None,
     num_samples: int = 128,
     seq_len: int = 512,
+    field: str = "text",
+    pad: bool = False,
+    seed: int = 0,
     format: pretrained.Format = "jaxquant",
+    predecessors: Predecessors = "quantized",
     overwrite: bool = False,
+    resume: bool = True,
     progress: Progress = silent,
 ) -> Report:
     """Quantizes every linear layer of a checkpoint and writes the result to a directory.
@@ -114,16 +162,18 @@ def quantize_checkpoint(
       name: checkpoint directory, "tinylm" or hub id.
       out: directory to write.
       config: a method config such as `GPTQ(int4(group_size=128))`.
-      calibration: file of text or token ids; None is the built-in text. A method that needs no statistics is calibrated
-        only if a file is given, for the errors in the report.
-      num_samples: calibration samples.
-      seq_len: tokens in each, cut to the model's context.
+      calibration: file of text or token ids, or a data set of the Hugging Face hub; None is the built-in text. A method
+        that needs no statistics is calibrated only if this is given, for the errors in the report.
+      num_samples, seq_len, field, pad, seed: as `count`, `length` and so on for `calibration_samples`.
       format: "jaxquant" or "compressed-tensors".
+      predecessors: what a layer is calibrated behind: the layers before it as they are "quantized", or "float".
       overwrite: replaces an existing checkpoint.
+      resume: continues a run with the same arguments that was not finished, and gives what it would have given. Without
+        it, what such a run has done is removed.
       progress: called as the work goes on.
 
     Raises:
-      ValueError, OSError: bad input; nothing is written.
+      ValueError, OSError: bad input, or an unfinished run with other arguments. Nothing is written under `out`.
     """
     if hasattr(config, "configs"):
         raise ValueError(
@@ -137,56 +187,18 @@ def quantize_checkpoint(
     checkpoint = pretrained.open_pretrained(directory).with_dtype("float32")
     if checkpoint.is_quantized:
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
-    _check_finite(checkpoint)
-    samples = None
+    model, samples, how = checkpoint.model, None, dict[str, Any]()
+    rules = model.layer_rules(config, foldable=format != "jaxquant")
     if needs_statistics(config) or calibration is not None:
-        samples = calibration_samples(checkpoint.model, TextSource(directory), calibration, num_samples, seq_len)
-    rules = checkpoint.model.layer_rules(config, foldable=format != "jaxquant")
-    params, report = _quantize_layers(checkpoint, samples, rules, progress)
-    pretrained.save(out, checkpoint.model, params, format=format, overwrite=overwrite)
-    return report
-
-
-def _quantize_layers(
-    checkpoint: Checkpoint, samples: np.ndarray | None, rules: list, progress: Progress
-) -> tuple[Any, Report]:
-    """Quantizes the linear layers, one layer of the model at a time. Returns all parameters and the report on them."""
-    blocks, count = checkpoint.model.blocks, checkpoint.model.config.num_layers
-    inputs, done = None, list[tuple[Any, Report]]()
-    if samples is not None:
-        embedding = checkpoint.outer()["embed_tokens"]["embedding"]
-        inputs = [blocks.embed(embedding, batch) for batch in batches(samples)]
-        del embedding
-
-    def layers() -> Iterator[Any]:
-        for i in range(count):
-            yield checkpoint.layers(range(i, i + 1)) | {"windows": blocks.windows[i : i + 1]}
-
-    def calibrating(batches: int, total: int) -> None:
-        progress("calibrating", len(done) * total + batches, count * total)
-
-    expected = {"count": count, "beside": checkpoint.outer_bytes}
-    for block in quantize_blocks(blocks.apply, layers(), inputs, rules, **expected, progress=calibrating):
-        done.append(block)
-        progress("quantizing", len(done), count)
-    stack, report = stack_blocks(done)
-    params = checkpoint.outer() | {"layers": stack["layers"]}
-    after = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return params, dataclasses.replace(
-        report,
-        unchanged=tuple(path for path, leaf in named_leaves(params, is_qtensor) if not is_qtensor(leaf)),
-        bytes_before=after + report.bytes_before - report.bytes_after,
-        bytes_after=after,
-    )
-
-
-def _check_finite(checkpoint: Checkpoint) -> None:
-    """Reads everything once, before hours of work, and raises ValueError for what is not finite."""
-    for name, array in checkpoint.stored():
-        bad = array.size - np.count_nonzero(np.isfinite(array))
-        if bad:
-            where = f"{checkpoint.directory}: {name}"
-            raise ValueError(f"{where}: {bad} of its {array.size} entries are not finite; repair it first")
+        how = {"field": field, "pad": pad, "seed": seed}
+        samples = calibration_samples(model, TextSource(directory), calibration, num_samples, seq_len, **how)
+    work = LayerByLayer(checkpoint, rules, samples, BATCH_TOKENS, format, predecessors)
+    report = work.run(out, overwrite=overwrite, resume=resume, progress=progress)
+    if samples is None:
+        return report
+    shape = dict(zip(("sequences", "length"), samples.tokens.shape, strict=True))
+    data = {"source": calibration or "built-in", **shape, "tokens": samples.num_tokens, **how, "sha256": samples.sha256}
+    return dataclasses.replace(report, calibration=data)
 
 
 class Evaluation(NamedTuple):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,8 +18,7 @@ import jaxquant as jq
 from jaxquant import cli, demo, workflows
 from jaxquant.models import TINYLM
 from jaxquant.models.names import tensors_from_params
-from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.transforms import memory
+from jaxquant.numerics.statistics import HELD_OUT_EVERY, token_hash
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -274,20 +274,6 @@ def test_memory_is_told_before_work_and_refused(checkpoint, tmp_path, capsys, mo
     assert not (tmp_path / "r").exists()
 
 
-def test_memory_of_all_layers_is_counted(checkpoint, tmp_path, capsys, monkeypatch):
-    """Results are held twice in the end, apart and in one stack, beside what is not quantized."""
-    estimates = {}
-    monkeypatch.setattr(memory, "ensure_fits", lambda estimate, _: estimates.update({estimate.call: estimate}))
-    out = tmp_path / "q"
-    assert run(capsys, *quantize_arguments(checkpoint, out, "--method", "gptq", "--bits", 3))[0] == 0
-    _, params = jq.load_pretrained(out)
-    layers = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(leaf)]
-    outer = sum(leaf.nbytes for key, tree in params.items() if key != "layers" for leaf in jax.tree.leaves(tree))
-    parts = estimates["quantize_params"].parts
-    assert parts["quantized weights"] == 2 * sum(q.nbytes for q in layers)
-    assert parts["other parameters"] == outer
-
-
 def test_nan_weights_are_named(checkpoint, tmp_path, capsys):
     model, params = jq.load_pretrained(checkpoint / "model")
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
@@ -317,7 +303,7 @@ def test_an_interrupted_command_says_so_in_a_line(checkpoint, tmp_path, capsys, 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxquant.workflows.quantize_blocks", interrupt)
+    monkeypatch.setattr("jaxquant.transforms.stream.Stream.quantize", interrupt)
     status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "q"))
     assert (status, text) == (130, "")
     assert error.strip().splitlines()[-1] == "jaxquant: interrupted"
@@ -377,3 +363,17 @@ def test_demo(tmp_path, capsys, monkeypatch):
 
 def test_packaged_model_is_small():
     assert sum(file.stat().st_size for file in Path(TINYLM).iterdir()) <= 10_000_000
+
+
+def test_padding_and_the_data_are_in_the_report(checkpoint, tmp_path, capsys):
+    arguments = quantize_arguments(checkpoint, tmp_path / "q", "--pad", "--seq-len", 48, "--seed", 3, "--json")
+    report = json.loads(run(capsys, *arguments)[1])
+    data, layers = report["calibration"], report["layers"]
+    assert data["source"] == str(checkpoint / "tokens.npy")
+    assert (data["sequences"], data["length"], data["tokens"]) == (32, 48, 32 * 32)
+    assert (data["pad"], data["seed"], len(data["sha256"])) == (True, 3, 64)
+    positions = np.arange(32 * 48).reshape(32, 48)[:, :32]
+    held = np.asarray(token_hash(jnp.asarray(positions.ravel(), jnp.uint32))) % HELD_OUT_EVERY == 0
+    assert {layer["tokens"] for layer in layers} == {32 * 32 - held.sum()}
+    rounded = quantize_arguments(checkpoint, tmp_path / "r", "--method", "rtn", "--json")
+    assert json.loads(run(capsys, *rounded[:6], *rounded[-3:])[1])["calibration"] is None

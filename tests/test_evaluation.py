@@ -2,12 +2,21 @@
 
 import json
 import math
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from jaxquant.evaluation.data import read_tokens, take_samples
+from jaxquant.evaluation import hub_data
+from jaxquant.evaluation.data import (
+    Samples,
+    pad_documents,
+    read_documents,
+    read_tokens,
+    read_until,
+    take_samples,
+)
 from jaxquant.evaluation.metrics import compare, perplexity
 from jaxquant.evaluation.windows import batches, cut_windows
 
@@ -232,6 +241,83 @@ def test_pickled_arrays_are_not_run(tmp_path):
 def test_a_missing_token_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.npy: no such file"):
         read_tokens(tmp_path / "nothing.npy", tokenize)
+
+
+def test_documents_are_lines_and_rows(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6).reshape(2, 3))
+    np.save(tmp_path / "b.npy", np.arange(4))
+    (tmp_path / "a.txt").write_text("one three\nfifteen")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in ("a bb", "", "ccc")))
+    found = [read_documents(tmp_path / name, tokenize, field="body") for name in ("a.npy", "b.npy", "a.txt", "a.jsonl")]
+    lists = [[document.tolist() for document in documents] for documents in found]
+    assert lists == [[[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3]], [[3, 5, 7]], [[1, 2], [], [3]]]
+
+
+def test_documents_are_padded_or_cut_and_the_seed_chooses():
+    documents = [np.arange(n, dtype=np.int32) + 1 for n in (5, 2, 0, 3)]
+    samples = pad_documents(documents, 8, 4, seed=0)
+    assert samples.tokens.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0], [1, 2, 3, 0]]
+    assert samples.real.tolist() == [[True] * 4, [True, True, False, False], [True] * 3 + [False]]
+    assert samples.num_tokens == 9
+    assert pad_documents(documents[:1], 8, 4, seed=0).real is None  # nothing is padded
+    many = [np.full(2, i, np.int32) for i in range(50)]
+    first, again, other = (pad_documents(many, 5, 2, seed=seed) for seed in (0, 0, 1))
+    assert first.tokens.tolist() == again.tokens.tolist() != other.tokens.tolist()
+    assert first.tokens.shape == (5, 2)
+    with pytest.raises(ValueError, match="the documents hold no tokens"):
+        pad_documents([np.zeros(0, np.int32)], 5, 2, seed=0)
+    with pytest.raises(ValueError, match="both must be positive"):
+        pad_documents(documents, 0, 4, seed=0)
+
+
+def test_the_checksum_of_samples_tells_them_apart():
+    tokens, real = np.arange(6, dtype=np.int32).reshape(2, 3), np.ones((2, 3), bool)
+    kinds = [(tokens, None), (tokens, real), (tokens, ~real), (tokens + 1, None), (tokens.reshape(3, 2), None)]
+    assert len({Samples(*kind).sha256 for kind in kinds}) == len(kinds)
+    assert Samples(tokens.astype(np.int64), None).sha256 == Samples(tokens, None).sha256
+    assert [len(batch.tokens) for batch in Samples(np.zeros((5, 2), np.int32), None).batches(2)] == [2, 2, 1]
+
+
+def test_names_of_data_sets():
+    assert all(map(hub_data.is_name, ("owner/name", "name", "owner/na.me-2:config_1")))
+    assert not any(map(hub_data.is_name, ("/etc/passwd", "a/b/c", "a b", "", "../x/y", "a:b:c")))
+
+
+def test_a_data_set_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(FileNotFoundError, match=r"owner/name is no file; if it .*pip install 'jaxquant\[datasets\]'"):
+        next(hub_data.texts("owner/name", field="text", seed=0))
+
+
+def test_data_sets_are_read_in_the_order_of_the_seed(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="the extra jaxquant[datasets] is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"body": f"text {i}"}) for i in range(40)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    first, again, other = (list(hub_data.texts("owner/name", field="body", seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert sorted(first) == sorted(f"text {i}" for i in range(40))
+    with pytest.raises(ValueError, match="owner/name has no text in 'text'; its columns are body"):
+        next(hub_data.texts("owner/name", field="text", seed=0))
+    with pytest.raises(FileNotFoundError, match="nowhere/gone is no file, and no data set that the hub delivers"):
+        next(hub_data.texts("nowhere/gone", field="text", seed=0))
+
+
+def test_texts_are_read_until_there_are_enough():
+    asked = []
+
+    def texts():
+        for text in ("a bb", "ccc", "a a a", "b"):
+            asked.append(text)
+            yield text
+
+    assert [len(d) for d in read_until(texts(), tokenize, tokens=4)] == [2, 1, 3]
+    assert [len(d) for d in read_until(texts(), tokenize, documents=1)] == [2]
+    assert len(asked) == 4
+    assert len(read_until(texts(), tokenize, tokens=100)) == 4
 
 
 def test_samples_are_spread_over_the_stream():

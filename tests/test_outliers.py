@@ -17,7 +17,7 @@ STATIC = jq.int8(activations=jq.ActivationSpec(static=True))
 def twin():
     model, params = jq.load_pretrained("tinylm", dtype="float32")
     text = workflows.TextSource("tinylm")
-    samples = workflows.calibration_samples(model, text, None, 16, 256)
+    samples = workflows.calibration_samples(model, text, None, 16, 256).tokens
     tokens = text.corpus("held_out", 16 * 256)
     other = outlier_twin(params)
     recipe = model.recipe(jq.RTN(jq.int8()))

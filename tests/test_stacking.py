@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from functions import normal
 from safetensors.numpy import load_file
+from samples import statistics_of
 
 import jaxquant as jq
 from jaxquant import workflows
+from jaxquant.kernels.matmul import quantized_matmul
 from jaxquant.models.stacking import is_stacked, stack_layers, unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.pretrained import open_pretrained
@@ -141,6 +144,21 @@ def test_channel_scales_fold_layer_by_layer(given):
     folded = jq.fold(quantized, model.fold_pairs)
     assert all(q.channel_scale is None for q in qtensors(folded))
     np.testing.assert_allclose(model.apply(folded, TOKENS), model.apply(quantized, TOKENS), atol=1e-4)
+
+
+def test_layers_may_keep_different_numbers_of_outliers():
+    x = np.random.default_rng(0).normal(size=(40, 32)).astype(np.float32)
+    x[:, :10] *= 20
+    layers = {}
+    for i, outliers in enumerate((8, 16)):
+        method = jq.LLMInt8(threshold=3.0, outliers=outliers)
+        layers[str(i)] = {"w": method.quantize(normal(32, 32, seed=i), statistics_of(x))[0]}
+    stack = stack_layers({"layers": layers})["layers"]["w"]
+    stack.validate()
+    assert stack.outlier_index.shape == (2, 16, 1)
+    np.testing.assert_array_equal(jq.dequantize(stack), np.stack([jq.dequantize(q["w"]) for q in layers.values()]))
+    each = np.stack([quantized_matmul(jnp.asarray(x), q["w"]) for q in layers.values()])
+    np.testing.assert_allclose(quantized_matmul(jnp.stack([x, x]), stack), each, rtol=1e-5, atol=1e-4)
 
 
 def test_choices_among_all_layers_are_none_for_one_layer_at_a_time(given, tmp_path):

@@ -1,6 +1,7 @@
 """Block by block against the whole model at once, and what stays in memory meanwhile."""
 
 import gc
+import json
 import weakref
 
 import jax
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from functions import normal
-from samples import statistics_of
 
 import jaxquant as jq
 from jaxquant import workflows
-from jaxquant.kernels.matmul import quantized_matmul
+from jaxquant.numerics.statistics import HELD_OUT_EVERY, token_hash
 from jaxquant.transforms.calibrate import Calibration, calibrate
 from jaxquant.transforms.quantize import quantize_params
-from jaxquant.transforms.stream import quantize_blocks, stack_blocks
+from jaxquant.transforms.quantized import quantized
+from jaxquant.transforms.report import Report, stacked_reports
+from jaxquant.transforms.stream import Stream
 
 K, BLOCKS = 32, 3
 CONFIG, NEAREST = jq.GPTQ(jq.int4(group_size=16)), jq.RTN(jq.int4(group_size=16))
@@ -43,61 +45,110 @@ def bits_of(tree):
     return [np.asarray(a).tobytes() for a in jax.tree.leaves(tree)]
 
 
+def run(stream, params):
+    return [stream.quantize(p) for p in params]
+
+
 @pytest.mark.parametrize("config", [CONFIG, NEAREST])
-def test_blocks_get_the_codes_that_the_whole_model_gets(config):
+def test_blocks_behind_float_ones_get_the_codes_that_the_whole_model_gets(config):
     params = blocks()
     want, report = quantize_params(params, calibrate(whole, params, inputs()), config)
-    done = list(quantize_blocks(block, iter(params), iter(inputs()), config))
+    done = run(Stream(block, config, inputs(), predecessors="float"), params)
     assert [bits_of(tree) for tree, _ in done] == [bits_of(tree) for tree in want]
     rows = [row for _, part in done for row in part.layers]
     assert [(r.error, r.rtn_error, r.tokens) for r in rows] == [(r.error, r.rtn_error, r.tokens) for r in report.layers]
 
 
+def test_blocks_behind_quantized_ones_see_what_those_give():
+    """Against calibration of the whole function up to a block, with the blocks before it quantized."""
+    done = []
+    stream = Stream(quantized(block), CONFIG, inputs())
+    for i, params in enumerate(blocks()):
+        before = [tree for tree, _ in done]
+
+        def until_here(p, x, before=before):
+            for q in before:
+                x = quantized(block)(q, x)
+            return block(p, x)
+
+        want, _ = quantize_params(params, calibrate(until_here, params, inputs()), CONFIG)
+        done.append(stream.quantize(params, last=i + 1 == BLOCKS))
+        assert bits_of(done[-1][0]) == bits_of(want)
+    behind_float = run(Stream(block, CONFIG, inputs(), predecessors="float"), blocks())
+    assert bits_of(behind_float[0][0]) == bits_of(done[0][0])
+    assert bits_of(behind_float[2][0]) != bits_of(done[2][0])
+    with pytest.raises(ValueError, match="predecessors='both' is not one of quantized, float"):
+        Stream(block, CONFIG, inputs(), predecessors="both")
+
+
+def test_padding_is_in_no_statistics():
+    """Rows that the masks leave out may hold anything."""
+    real = [jnp.arange(x.shape[0]) < x.shape[0] - 8 for x in inputs()]
+    other = [jnp.where(r[:, None], x, 7.0) for x, r in zip(inputs(), real, strict=True)]
+    for predecessors in ("quantized", "float"):
+        found = [
+            run(Stream(quantized(block), CONFIG, x, masks=masks, predecessors=predecessors), blocks())
+            for x, masks in ((inputs(), real), (other, real), (other, None))
+        ]
+        trees = [[bits_of(tree) for tree, _ in done] for done in found]
+        assert trees[0] == trees[1] != trees[2]
+        assert found[0][2][1].layers[0].tokens + 24 == found[2][2][1].layers[0].tokens + held_out(real)
+
+
+def held_out(real):
+    """How many of the rows left out are held out of the sums anyway."""
+    start, count = 0, 0
+    for r in real:
+        ranks = np.asarray(token_hash(jnp.arange(start, start + r.size)))
+        count += int(np.sum(~np.asarray(r) & (ranks % HELD_OUT_EVERY == 0)))
+        start += r.size
+    return count
+
+
 def test_methods_without_statistics_need_no_inputs():
-    done = list(quantize_blocks(block, blocks(), None, NEAREST))
+    done = run(Stream(block, NEAREST, None), blocks())
     want, _ = quantize_params(blocks(), None, NEAREST)
     assert [bits_of(tree) for tree, _ in done] == [bits_of(tree) for tree in want]
     with pytest.raises(ValueError, match="'down': GPTQ needs calibration statistics"):
-        list(quantize_blocks(block, blocks(), None, CONFIG))
+        run(Stream(block, CONFIG, None), blocks())
 
 
-def test_a_block_is_gone_when_the_next_is_read(monkeypatch):
+@pytest.mark.parametrize("predecessors", ["quantized", "float"])
+def test_a_block_is_gone_when_the_next_is_read(monkeypatch, predecessors):
     kept: list[weakref.ref] = []
-    run = Calibration.run
+    original = Calibration.run
 
     def watched(*args):
-        stats, results = run(*args)
+        stats, results = original(*args)
         kept.extend(weakref.ref(product.inputs.gram) for product in stats.products.values())
         return stats, results
 
     def made(i):
+        gc.collect()
+        assert not [ref() for ref in kept if ref() is not None]
         params = {"up": normal(K, K, seed=i), "down": normal(K, K, seed=9 + i)}
         kept.extend(map(weakref.ref, params.values()))
         return params
 
-    def read():
-        for i in range(BLOCKS):
-            gc.collect()
-            assert not [ref() for ref in kept if ref() is not None]
-            yield made(i)
-
     monkeypatch.setattr(Calibration, "run", watched)
-    done = list(quantize_blocks(block, read(), inputs()[:1], NEAREST))
-    assert (len(done), len(kept)) == (BLOCKS, 4 * BLOCKS)
+    stream = Stream(quantized(block), NEAREST, inputs()[:1], predecessors=predecessors)
+    for i in range(BLOCKS):
+        stream.quantize(made(i))
+    assert len(kept) == 4 * BLOCKS
 
 
-def test_parts_of_a_stack_are_put_together():
+def test_reports_on_layers_are_put_together():
     params = [jax.tree.map(lambda a: a[None], p) for p in blocks()]
 
     def scanned(params, x):
         return jax.lax.scan(lambda x, p: (block(p, x), None), x, params)[0]
 
-    tree, report = stack_blocks(list(quantize_blocks(scanned, params, inputs(), NEAREST)))
+    report = stacked_reports([r for _, r in run(Stream(scanned, NEAREST, inputs(), predecessors="float"), params)])
     stack = jax.tree.map(lambda *a: jnp.concatenate(a), *params)
-    want, expected = quantize_params(stack, calibrate(scanned, stack, inputs()), NEAREST)
-    assert bits_of(tree) == bits_of(want)
+    _, expected = quantize_params(stack, calibrate(scanned, stack, inputs()), NEAREST)
     assert [row.name for row in report.layers] == [row.name for row in expected.layers]
     assert (report.bytes_before, report.bytes_after) == (expected.bytes_before, expected.bytes_after)
+    assert Report.from_dict(json.loads(report.to_json())) == report
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
@@ -120,29 +171,13 @@ def test_checkpoints_get_the_codes_of_the_whole_model(family, tmp_path, monkeypa
     jq.save(tmp_path / "model", model, params)
     tokens = np.random.default_rng(0).integers(0, 64, (6, 16))
     np.save(tmp_path / "tokens.npy", tokens)
-    options = {"calibration": str(tmp_path / "tokens.npy"), "num_samples": 6, "seq_len": 16}
+    options = {"calibration": str(tmp_path / "tokens.npy"), "num_samples": 6, "seq_len": 16, "predecessors": "float"}
     report = workflows.quantize_checkpoint(tmp_path / "model", tmp_path / "out", NEAREST, **options)
-    _, quantized = jq.load_pretrained(tmp_path / "out")
+    _, loaded = jq.load_pretrained(tmp_path / "out")
     samples = list(workflows.batches(tokens))
     stats = calibrate(model.apply, params, samples)
     want, expected = quantize_params(params, stats, model.recipe(NEAREST))
-    assert bits_of(quantized) == bits_of(want)
+    assert bits_of(loaded) == bits_of(want)
     assert [row.name for row in report.layers] == [row.name for row in expected.layers]
     assert (report.unchanged, report.bytes_before) == (expected.unchanged, expected.bytes_before)
     assert report.bytes_after == expected.bytes_after
-
-
-def test_layers_may_keep_different_numbers_of_outliers():
-    x = jnp.asarray(inputs()[0]).at[:, :10].multiply(20.0)
-    made = []
-    for i, outliers in enumerate((8, 16)):
-        stats = statistics_of(np.asarray(x)[None])
-        q, _ = jax.vmap(jq.LLMInt8(threshold=3.0, outliers=outliers).quantize)(normal(1, K, K, seed=i), stats)
-        made.append(q)
-    empty = jq.Report((), (), {}, 0, 0)
-    stack, _ = stack_blocks([({"w": q}, empty) for q in made])
-    stack["w"].validate()
-    assert stack["w"].outlier_index.shape == (2, 16, 1)
-    np.testing.assert_array_equal(jq.dequantize(stack["w"]), np.concatenate([jq.dequantize(q) for q in made]))
-    each = np.concatenate([quantized_matmul(x[None], q) for q in made])
-    np.testing.assert_allclose(quantized_matmul(jnp.stack([x, x]), stack["w"]), each, rtol=1e-5, atol=1e-4)

@@ -54,16 +54,22 @@ def write_compressed_tensors(
     for module, q in quantized.items():
         stored |= {f"{module}.{part}": array for part, array in LAYOUTS[format_of(q.spec)].pack(q).items()}
     write_tensors(directory, stored)
-    quantization_config = describe({module: q.spec for module, q in quantized.items()}, classes)
-    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]  # transformers 5 and 4
     dtype = next(iter(quantized.values())).dtype
-    config = {**hf_config, **dict.fromkeys(dtype_keys, dtype), "quantization_config": quantization_config}
+    config = configuration(hf_config, {module: q.spec for module, q in quantized.items()}, dtype, classes)
     write_json(directory / CONFIG, config)
-    read = CompressedTensors(directory, quantization_config, classes)
+    read = CompressedTensors(directory, config["quantization_config"], classes)
     for module, q in quantized.items():
         again = read[f"{module}.weight"]
         if not all(same_bits(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True)):
             raise OSError(f"{directory}: {module} reads back differently from what was written; check the disk")
+
+
+def configuration(
+    hf_config: Mapping[str, Any], specs: Mapping[str, QuantSpec], dtype: str, classes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The config.json of a model whose modules `specs` are quantized and stand for weights of `dtype`."""
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]  # transformers 5 and 4
+    return {**hf_config, **dict.fromkeys(dtype_keys, dtype), "quantization_config": describe(specs, classes)}
 
 
 def check_floats(directory: Path, tensors: Tensors, names: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ A checkpoint is written into a hidden sibling of its final name, flushed to disk
 killed leaves nothing under the final name, or the old checkpoint; what it leaves beside it (`.NAME.partial-…`) is
 removed by the next run that writes the same name. A lock on such a sibling, which dies with its process, tells a killed
 run from one that is still writing; the short moments in which siblings are made, renamed and cleared away are guarded
-by a lock on the parent.
+by a lock on the parent. What long runs keep beside it (`.NAME.unfinished`), so that they can go on, is in `resumable`.
 """
 
 import contextlib
@@ -40,15 +40,15 @@ def new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterat
     """
     target = check_new_directory(path, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
-        with _locked(target.parent, wait=True):
+        with locked(target.parent, wait=True):
             partial = _sibling(target, "partial")
             os.mkdir(partial)
             stack.callback(shutil.rmtree, partial, ignore_errors=True)  # gone if it was installed
-            stack.enter_context(_locked(partial))
+            stack.enter_context(locked(partial))
         yield partial
-        _flush(partial)
-        with _locked(target.parent, wait=True):
-            old = _install(partial, target, overwrite)
+        flush(partial)
+        with locked(target.parent, wait=True):
+            old = install(partial, target, overwrite)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -60,7 +60,7 @@ def check_new_directory(path: str | os.PathLike, *, overwrite: bool = False) -> 
         raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"cannot write into {target.parent}: no permission")
-    with _locked(target.parent, wait=True):
+    with locked(target.parent, wait=True):
         _recover(target)
         _check_replaceable(target, overwrite)
         probe = _sibling(target, "partial")  # refused now, not after the work: a name that is too long, a strange place
@@ -100,8 +100,8 @@ def _is_vacant(target: Path) -> bool:
     return not target.exists() or not any(target.iterdir())
 
 
-def _install(partial: Path, target: Path, overwrite: bool) -> Path | None:
-    """Gives the new directory its name; returns where the old one is, if there was one."""
+def install(partial: Path, target: Path, overwrite: bool) -> Path | None:
+    """Gives the new directory its name; returns where the old one is, if there was one. Under the parent's lock."""
     _check_replaceable(target, overwrite)  # again: it may have changed while the new one was written
     old = None if _is_vacant(target) else _sibling(target, "replaced")
     if old is not None:
@@ -112,7 +112,7 @@ def _install(partial: Path, target: Path, overwrite: bool) -> Path | None:
         if old is not None:
             os.rename(old, target)
         raise
-    _sync(target.parent)  # before the old one goes
+    sync(target.parent)  # before the old one goes
     return old
 
 
@@ -124,7 +124,7 @@ def _recover(target: Path) -> None:
         else:
             os.rename(old, target)
     for partial in _siblings(target, "partial"):
-        with _locked(partial) as dead:
+        with locked(partial) as dead:
             if dead:
                 shutil.rmtree(partial, ignore_errors=True)
 
@@ -139,7 +139,7 @@ def _siblings(target: Path, kind: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path, *, wait: bool = False) -> Iterator[bool]:
+def locked(directory: Path, *, wait: bool = False) -> Iterator[bool]:
     """Holds the lock of a directory, which a rename does not end; yields whether it was to be had."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
@@ -157,14 +157,16 @@ def _locked(directory: Path, *, wait: bool = False) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _flush(directory: Path) -> None:
+def flush(directory: Path) -> None:
+    """Waits until a directory and all that it holds are on the disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
+            sync(Path(folder, name))
+        sync(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of a directory's files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

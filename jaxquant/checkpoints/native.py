@@ -18,7 +18,7 @@ Eight-bit dtypes that safetensors' NumPy reader does not know (float8) are store
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ def write_tree(directory: Path, tree: Any) -> None:
     write_json(directory / HEADER, {"format": "jaxquant", "version": VERSION, "tree": node})
 
 
+def write_header(directory: Path, parts: Sequence[Any]) -> None:
+    """Writes the header of a tree whose arrays were written in parts, from those of the parts; see `header_of`."""
+    write_json(directory / HEADER, {"format": "jaxquant", "version": VERSION, "tree": _joined(parts)})
+
+
+def header_of(directory: Path) -> Any:
+    """What the header of a directory says of its tree."""
+    return read_json(directory / HEADER)["tree"]
+
+
 def read_tree(directory: Path) -> Any:
     """Reads the tree of a directory. Errors as `load_tree`."""
     file = directory / HEADER
@@ -95,6 +105,17 @@ def read_tree(directory: Path) -> Any:
     if left_over:
         raise ValueError(f"{file} does not mention the tensor {left_over[0]}, which the files hold")
     return tree
+
+
+def _joined(nodes: Sequence[Any]) -> Any:
+    """The node of the dict that has the keys of all of some dicts, and where they share one, of all dicts below it."""
+    if len(nodes) == 1:
+        return nodes[0]
+    found: dict[str, list] = {}
+    for node in nodes:
+        for key, child in node["dict"]:
+            found.setdefault(key, []).append(child)
+    return {"dict": [[key, _joined(children)] for key, children in found.items()]}
 
 
 def path_of(name: str) -> str:
@@ -222,7 +243,7 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
             raise ValueError(f"{name}={fields[name]!r} is no list of integers")
     if len(fields["in_shape"]) != len(fields["contract"]) or min(fields["in_shape"], default=0) < 0:
         raise ValueError(f"in_shape={fields['in_shape']} does not fit contract={fields['contract']}")
-    spec = _spec(fields["spec"])
+    spec = spec_of(fields["spec"])
     if not isinstance(fields["dtype"], str) or not jnp.issubdtype(jnp.dtype(fields["dtype"]), jnp.floating):
         raise ValueError(f"dtype={fields['dtype']!r} is no floating dtype")
     axes: dict[str, Any] = {name: tuple(fields[name]) for name in _AXES}
@@ -252,7 +273,8 @@ def _check_codes(name: str, codes: jax.Array, spec: QuantSpec) -> None:
         raise ValueError(f"{name} reach from {codes.min()} to {codes.max()}, which {spec} does not")
 
 
-def _spec(fields: Any) -> QuantSpec:
+def spec_of(fields: Any) -> QuantSpec:
+    """The spec that `dataclasses.asdict` made this of, also after it was JSON; raises TypeError or ValueError."""
     if not isinstance(fields, dict):
         raise TypeError(f"spec={fields!r} must be a mapping")
     activations = fields.get("activations")

@@ -1,9 +1,9 @@
 """Tensors in safetensors files: `model.safetensors`, or shards listed in `model.safetensors.index.json`.
 
-The layout is Hugging Face's (https://huggingface.co/docs/safetensors). Tensors are read one at a time, and not through
-a memory map: pages of a map count as memory of the process, and a file that shrinks under it kills the process. A shard
-that the index names must lie in the directory itself; symbolic links there are followed, because the hub's cache is
-made of them.
+The layout is Hugging Face's (https://huggingface.co/docs/safetensors). Tensors are read one at a time, into memory of
+their own; those that are copied or looked through at once can be mapped instead, which takes none. (A file that shrinks
+under a map kills the process, so maps are not kept.) A shard that the index names must lie in the directory itself;
+symbolic links there are followed, because the hub's cache is made of them.
 """
 
 import json
@@ -69,13 +69,26 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         place = self._places[name]
         array = np.empty(place.shape, place.dtype)
-        if not place.file.is_file():
-            raise FileNotFoundError(f"{place.file} has disappeared while it was read; download or write it again")
+        _check_place(place)
         with open(place.file, "rb") as file:
             file.seek(place.start)
             if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
                 raise ValueError(f"{place.file} has become shorter while it was read; download or write it again")
         return array
+
+    @property
+    def mapped(self) -> "MappedTensors":
+        """The same tensors as read-only memory maps, whose pages are the file's and not the process's."""
+        return MappedTensors(self)
+
+    def map(self, name: str) -> np.ndarray:
+        """One tensor of `mapped`. Errors as when it is read."""
+        place = self._places[name]
+        _check_place(place)
+        if not math.prod(place.shape):
+            return np.empty(place.shape, place.dtype)
+        whole = np.memmap(place.file, np.uint8, "r", place.start, (math.prod(place.shape) * place.dtype.itemsize,))
+        return np.asarray(whole).view(place.dtype).reshape(place.shape)
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The dtype (NumPy's name for it) and shape of a tensor, without reading it."""
@@ -96,6 +109,22 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class MappedTensors(Mapping[str, np.ndarray]):
+    """The tensors of `Tensors` by name, each mapped when it is asked for."""
+
+    def __init__(self, tensors: Tensors):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors.map(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def check_scale(name: str, scale: np.ndarray) -> None:
@@ -191,6 +220,14 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     return index
 
 
+def write_index(directory: Path, files: Iterable[str]) -> None:
+    """Writes the index of files of a directory; raises OSError or ValueError for one that is missing or damaged."""
+    places = {name: place for file in files for name, place in _read_header(directory / file).items()}
+    size = sum(place.dtype.itemsize * math.prod(place.shape) for place in places.values())
+    weight_map = {name: place.file.name for name, place in places.items()}
+    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
 def _files(directory: Path, index: Mapping[str, str] | None) -> list[Path]:
     return [directory / name for name in sorted({SINGLE} if index is None else set(index.values()))]
 
@@ -202,6 +239,13 @@ class _Place(NamedTuple):
     start: int
     dtype: np.dtype
     shape: tuple[int, ...]
+
+
+def _check_place(place: _Place) -> None:
+    if not place.file.is_file():
+        raise FileNotFoundError(f"{place.file} has disappeared while it was read; download or write it again")
+    if place.file.stat().st_size < place.start + place.dtype.itemsize * math.prod(place.shape):
+        raise ValueError(f"{place.file} has become shorter while it was read; download or write it again")
 
 
 def _read_header(file: Path) -> dict[str, _Place]:

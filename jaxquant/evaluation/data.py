@@ -1,14 +1,47 @@
-"""Reads tokens from files of text or token ids."""
+"""Reads tokens from files of text or token ids, and makes samples of one length of them."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
 Tokenize = Callable[[str], list[int]]
+ENDINGS = (".npy", ".txt", ".jsonl")
+
+
+class Samples(NamedTuple):
+    """Sequences of one length to calibrate with.
+
+    Attributes:
+      tokens: int32 `[samples, length]`, 0 where they are not real.
+      real: bool `[samples, length]`, which are tokens of the data and no padding; None if all are.
+    """
+
+    tokens: np.ndarray
+    real: np.ndarray | None
+
+    def batches(self, size: int) -> list["Samples"]:
+        """The samples, `size` at a time; the last may be fewer."""
+        pieces = (slice(i, i + size) for i in range(0, len(self.tokens), size))
+        return [Samples(self.tokens[at], None if self.real is None else self.real[at]) for at in pieces]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are real."""
+        return self.tokens.size if self.real is None else int(np.count_nonzero(self.real))
+
+    @property
+    def sha256(self) -> str:
+        """A checksum of the tokens, and of which of them are real."""
+        digest = hashlib.sha256(f"{self.tokens.shape} {self.real is None}".encode())
+        digest.update(self.tokens.astype("<i4").tobytes())
+        digest.update(b"" if self.real is None else self.real.astype(bool).tobytes())
+        return digest.hexdigest()
 
 
 def read_tokens(path: str | Path, tokenize: Tokenize, *, field: str = "text") -> np.ndarray:
@@ -27,18 +60,36 @@ def read_tokens(path: str | Path, tokenize: Tokenize, *, field: str = "text") ->
       FileNotFoundError: no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    readers = {".npy": _read_npy, ".txt": _read_txt, ".jsonl": lambda p, t: _read_jsonl(p, t, field)}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: unknown ending '{path.suffix}'; use .npy (token ids), .txt or .jsonl (text)")
-    tokens = readers[path.suffix](path, tokenize)
+    tokens = _read_npy(path) if _ending(path) == ".npy" else np.concatenate(read_documents(path, tokenize, field=field))
     if tokens.size == 0:
         raise ValueError(f"{path} holds no tokens")
     return tokens
 
 
-def _read_npy(path, tokenize) -> np.ndarray:
+def read_documents(path: str | Path, tokenize: Tokenize, *, field: str = "text") -> list[np.ndarray]:
+    """Tokens `[n]` of each document of a file. Arguments and errors as `read_tokens`.
+
+    A document is a line of a `.jsonl` file, a row of an `.npy` file or the text of a `.txt` file.
+    """
+    path = Path(path)
+    if _ending(path) == ".npy":
+        return list(np.atleast_2d(_read_npy(path)))
+    texts = _read_txt(path) if path.suffix == ".txt" else _read_jsonl(path, field)
+    documents = [np.asarray(tokenize(text), np.int32) for text in texts]
+    if not any(map(len, documents)):
+        raise ValueError(f"{path} holds no tokens")
+    return documents
+
+
+def _ending(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"{path}: unknown ending '{path.suffix}'; use .npy (token ids), .txt or .jsonl (text)")
+    return path.suffix
+
+
+def _read_npy(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             tokens = np.load(file, allow_pickle=False)
@@ -52,15 +103,14 @@ def _read_npy(path, tokenize) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def _read_txt(path, tokenize) -> np.ndarray:
+def _read_txt(path: Path) -> list[str]:
     try:
-        return np.asarray(tokenize(path.read_text(encoding="utf-8")), np.int32)
+        return [path.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from None
 
 
-def _read_jsonl(path, tokenize, field) -> np.ndarray:
-    tokens: list[int] = []
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -71,8 +121,7 @@ def _read_jsonl(path, tokenize, field) -> np.ndarray:
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):  # halves of letters
             raise ValueError(f"{path}, line {number}: expected an object with text under '{field}'")
-        tokens += tokenize(text)
-    return np.asarray(tokens, np.int32)
+        yield text
 
 
 def take_samples(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
@@ -87,8 +136,7 @@ def take_samples(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
     Raises:
       ValueError: `count` or `length` is not positive, or the tokens do not fill one sample.
     """
-    if count < 1 or length < 1:
-        raise ValueError(f"{count} samples of {length} tokens: both must be positive")
+    _check_sizes(count, length)
     if tokens.ndim == 2:
         return tokens[:count, :length]
     pieces = len(tokens) // length
@@ -98,3 +146,47 @@ def take_samples(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
         )
     chosen = np.unique(np.linspace(0, pieces - 1, min(count, pieces)).astype(int))
     return tokens[: pieces * length].reshape(pieces, length)[chosen]
+
+
+def pad_documents(documents: Sequence[np.ndarray], count: int, length: int, seed: int) -> Samples:
+    """At most `count` documents, each from its beginning, as samples of one length.
+
+    Args:
+      documents: tokens `[n]` of each; empty ones are passed over.
+      count: documents wanted; if there are more, the seed decides which are taken.
+      length: tokens of a sample: longer documents are cut, shorter ones are followed by padding.
+      seed: of the choice.
+
+    Raises:
+      ValueError: `count` or `length` is not positive, or there is no token.
+    """
+    _check_sizes(count, length)
+    documents = [document for document in documents if len(document)]
+    if not documents:
+        raise ValueError("the documents hold no tokens")
+    if len(documents) > count:
+        chosen = np.random.default_rng(seed).choice(len(documents), count, replace=False)
+        documents = [documents[i] for i in sorted(chosen)]
+    tokens = np.zeros((len(documents), length), np.int32)
+    real = np.zeros(tokens.shape, bool)
+    for i, document in enumerate(documents):
+        tokens[i, : len(document)] = document[:length]
+        real[i, : len(document)] = True
+    return Samples(tokens, None if real.all() else real)
+
+
+def read_until(texts: Iterable[str], tokenize: Tokenize, *, tokens: int = 0, documents: int = 0) -> list[np.ndarray]:
+    """Tokens of the first texts: of all, until there are so many tokens and so many documents."""
+    found: list[np.ndarray] = []
+    total = 0
+    for text in texts:
+        found.append(np.asarray(tokenize(text), np.int32))
+        total += len(found[-1])
+        if total >= tokens and len(found) >= documents:
+            break
+    return found
+
+
+def _check_sizes(count: int, length: int) -> None:
+    if count < 1 or length < 1:
+        raise ValueError(f"{count} samples of {length} tokens: both must be positive")

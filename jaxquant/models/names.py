@@ -52,9 +52,10 @@ def layer_params(config: DecoderConfig, tensors: Mapping[str, Any], layers: rang
     return _params(config, [entry for entry in _entries(config) if entry.stacked], tensors, layers)
 
 
-def outer_params(config: DecoderConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters outside of the layers. Errors as `params_from_tensors`."""
-    return _params(config, [entry for entry in _entries(config) if not entry.stacked], tensors, range(0))
+def outer_params(config: DecoderConfig, tensors: Mapping[str, Any], only: str | None = None) -> dict[str, Any]:
+    """Returns the parameters outside of the layers, or the subtree `only` of them. Errors as `params_from_tensors`."""
+    entries = [entry for entry in _entries(config) if not entry.stacked]
+    return _params(config, [e for e in entries if only in (None, e.path.partition("/")[0])], tensors, range(0))
 
 
 def _params(config, entries: list[TensorName], tensors: Mapping[str, Any], layers: range) -> dict[str, Any]:
@@ -81,6 +82,20 @@ def tensors_from_params(config: DecoderConfig, params: Mapping[str, Any]) -> dic
         name: _to_tensor(entry, _of_layer(flat, entry, layer, stacked))
         for entry in _entries(config)
         for layer, name in enumerate(_names(config, entry))
+    }
+
+
+def some_tensors(config: DecoderConfig, params: Mapping[str, Any], layers: range) -> dict[str, Any]:
+    """Returns the tensors of some of the parameters: those of `layers`, stacked, or of what is outside of the layers.
+
+    As `tensors_from_params` gives those of all.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {
+        entry.name.format(layer=layer): _to_tensor(entry, _of_layer(flat, entry, i, True))
+        for entry in _entries(config)
+        if entry.path in flat
+        for i, layer in enumerate(layers if entry.stacked else [0])
     }
 
 

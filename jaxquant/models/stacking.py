@@ -5,11 +5,15 @@ with the depth, but a stack is one array, and all of its layers are quantized al
 ("layers/0/mlp/up_proj/kernel", `[in, out]`) may each be quantized in another way.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxquant.numerics.qtensor import QTensor, is_qtensor
 
 
 def is_stacked(params: Any) -> bool:
@@ -40,4 +44,23 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     if not alike(params):
         raise ValueError("layers are not quantized alike, and a stack of layers is one array")
     first, *others = (params["layers"][name] for name in sorted(params["layers"], key=int))
-    return {**params, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), first, *others)}
+    return {**params, "layers": jax.tree.map(_stacked, first, *others, is_leaf=is_qtensor)}
+
+
+def _stacked(*parts: Any) -> Any:
+    """One leaf of all layers. Of outliers each layer has its own number; what lacks is filled up with no channel."""
+    if is_qtensor(parts[0]) and parts[0].outlier_index is not None:
+        axis = parts[0].values.ndim - 1 - len(parts[0].out)
+        most = max(q.outlier_index.shape[axis] for q in parts)
+        parts = tuple(_filled(q, axis, most) for q in parts)
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+
+
+def _filled(q: QTensor, axis: int, size: int) -> QTensor:
+    """The QTensor with `size` outliers along an axis of its arrays."""
+    index, rows = q.outlier_index, q.outlier_weight
+    assert index is not None
+    assert rows is not None
+    pad = [(0, size - index.shape[axis] if a == axis else 0) for a in range(index.ndim)]
+    index = jnp.pad(index, pad, constant_values=math.prod(q.in_shape))
+    return dataclasses.replace(q, outlier_index=index, outlier_weight=jnp.pad(rows, pad))

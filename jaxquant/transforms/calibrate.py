@@ -80,7 +80,8 @@ def calibrate(
       ValueError: no batch, no token with finite inputs, no product with a weight, a recipe that takes nothing, or more
         memory needed than is available.
     """
-    return Calibration(fn, recipe).run(params, batches, mask)[0]
+    masked = ((batch, None if mask is None else jnp.asarray(mask(batch), bool)) for batch in batches)
+    return Calibration(fn, recipe).run(params, masked)[0]
 
 
 class Calibration:
@@ -97,13 +98,15 @@ class Calibration:
         self._fn, self._recipe, self._keep_results = fn, recipe, keep_results
         self._programs: dict[tuple, _Program] = {}
 
-    def run(self, params: Any, batches: Iterable[Any], mask: Callable | None = None) -> tuple[Statistics, list]:
-        """One pass. Arguments and errors as `calibrate`; returns the statistics and the function's results."""
+    def run(self, params: Any, batches: Iterable[tuple[Any, jax.Array | None]]) -> tuple[Statistics, list]:
+        """One pass over batches, each with its mask or None. Returns the statistics and the function's results.
+
+        Errors as `calibrate`.
+        """
         used: list[_Program] = []
         total, position, results = None, 0, []
         kind = _kind(params)
-        for batch in batches:
-            real = None if mask is None else jnp.asarray(mask(batch), bool)
+        for batch, real in batches:
             program = self._program((kind, *_kind((batch, real))), params, batch, real, begun=total is not None)
             if program not in used:
                 used.append(program)

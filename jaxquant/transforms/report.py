@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,8 @@ class Report:
       unchanged: paths left as they were.
       notes: per path, uses of a weight that calibration could not follow; `quantized` refuses those of a quantized one.
       bytes_before, bytes_after: of the whole tree, as memory holds it.
+      calibration: the data that it was calibrated with, where `quantize_checkpoint` read them: "source", "sequences",
+        "tokens" and "sha256" of the token ids and of which of them are real.
     """
 
     layers: tuple[LayerReport, ...]
@@ -69,11 +72,19 @@ class Report:
     notes: dict[str, str]
     bytes_before: int
     bytes_after: int
+    calibration: dict[str, Any] | None = None
 
     @property
     def fallbacks(self) -> tuple[LayerReport, ...]:
         """The matrices that kept rounding to nearest although another method was asked for."""
         return tuple(layer for layer in self.layers if layer.fallback)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Report":
+        """The report that `to_dict` made this of, also after it was JSON."""
+        rows = [{**row, "index": tuple(row["index"]), "shape": tuple(row["shape"])} for row in fields["layers"]]
+        layers = tuple(LayerReport(**row) for row in rows)
+        return cls(**{**fields, "layers": layers, "unchanged": tuple(fields["unchanged"])})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -130,3 +141,19 @@ class Report:
         for path, note in self.notes.items():
             table.add_row(path, "", "", "", "", "", "", note)
         return table
+
+
+def stacked_reports(reports: Sequence[Report]) -> Report:
+    """The report on a stack of layers, from one on each of them: a stack of that layer alone."""
+    rows = [
+        dataclasses.replace(row, index=(layer, *row.index[1:]))
+        for layer, report in enumerate(reports)
+        for row in report.layers
+    ]
+    order = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in rows))}
+    return dataclasses.replace(
+        reports[0],
+        layers=tuple(sorted(rows, key=lambda row: order[row.path])),
+        bytes_before=sum(report.bytes_before for report in reports),
+        bytes_after=sum(report.bytes_after for report in reports),
+    )

@@ -1,129 +1,107 @@
 """Quantizes a model block by block: memory for the parameters and statistics of one block, whatever their number."""
 
-import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.transforms import memory
-from jaxquant.transforms.calibrate import Calibration
-from jaxquant.transforms.jobs import Job
-from jaxquant.transforms.memory import MemoryEstimate
+from jaxquant.transforms.calibrate import Calibration, Statistics
 from jaxquant.transforms.quantize import needed_memory, plan, run_jobs
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
+Predecessors = Literal["quantized", "float"]
 Progress = Callable[[int, int], None]
 
 
-def quantize_blocks(
-    fn: Callable[[Any, Any], Any],
-    blocks: Iterable[Any],
-    inputs: Iterable[Any] | None,
-    recipe: Any,
-    *,
-    count: int = 1,
-    beside: int = 0,
-    progress: Progress | None = None,
-) -> Iterator[tuple[Any, Report]]:
-    """Quantizes blocks that run one after the other, each with the statistics of the float model.
+class Stream:
+    """Blocks that run one after the other and are quantized in that order, one in memory at a time.
 
-    The result is that of `calibrate` and `quantize_params` for the whole model; what differs is that only one block and
-    its statistics are in memory at a time, beside the inputs of that block for all batches.
+    Each is calibrated with what the blocks before it make of the data: those that are quantized, so that it can make
+    up for some of their errors (as in GPTQ, arXiv:2210.17323); or the float ones. The latter gives exactly what
+    `calibrate` and `quantize_params` give for the whole model.
 
-    Args:
-      fn: `fn(params, x) -> x`, one block.
-      blocks: the parameters of each block, alike in structure and shapes; the next is asked for when this one is done.
-      inputs: the first block's input for each batch; None for methods that need no statistics, as in `quantize_params`.
-      recipe: as for `quantize_params`; its patterns match paths within a block.
-      count: how many blocks there are, and
-      beside: bytes that the rest of the model will take, both for the estimate of memory.
-      progress: called with (batches done, batches in all) of each block.
+    Beside one block and its statistics, `inputs` are in memory: all that has to be kept to go on with later.
 
-    Yields:
-      `(tree, report)` of each block, as `quantize_params` returns them.
-
-    Raises:
-      ValueError: as `calibrate` and `quantize_params`.
+    Attributes:
+      inputs: the next block's input for each batch; None without calibration. `quantize` replaces them.
     """
-    calibration = Calibration(fn, recipe, keep_results=True)
-    waiting = None if inputs is None else list(inputs)
 
-    def quantize(params: Any, check: bool) -> tuple[Any, Report]:  # what it leaves behind is gone when it returns
-        stats = None
-        if waiting is not None:
-            stats, waiting[:] = calibration.run(params, _drained(waiting, progress))
-        jobs = plan(dict(named_leaves(params)), stats, recipe)
-        if check:
-            memory.ensure_fits(_needed_memory(jobs, count, beside), params)
-        return run_jobs(jobs, params, stats, None)
+    def __init__(
+        self,
+        fn: Callable[[Any, Any], Any],
+        recipe: Any,
+        inputs: Sequence[Any] | None,
+        *,
+        masks: Sequence[Any] | None = None,
+        predecessors: Predecessors = "quantized",
+        progress: Progress | None = None,
+    ):
+        """Prepares to quantize blocks.
 
-    yield from map(quantize, blocks, itertools.chain([True], itertools.repeat(False)))  # they are all alike
+        Args:
+          fn: `fn(params, x) -> x`, one block; it takes QTensors in place of weights, as `quantized` functions do.
+          recipe: as for `quantize_params`; its patterns match paths within a block.
+          inputs: of the block that comes next, for each batch. None for methods that need no statistics.
+          masks: for each batch, which positions are tokens, as for `calibrate`. None: all of them.
+          predecessors: what made the inputs.
+          progress: called with (batches done, batches in all) in the calibration of each block.
 
+        Raises:
+          ValueError: `predecessors` is neither.
+        """
+        if predecessors not in get_args(Predecessors):
+            raise ValueError(f"predecessors={predecessors!r} is not one of {', '.join(get_args(Predecessors))}")
+        self.inputs = None if inputs is None else list(inputs)
+        masks = [None] * len(inputs or ()) if masks is None else masks
+        self._masks = [None if real is None else jnp.asarray(real, bool) for real in masks]
+        self._fn, self._recipe, self._progress = fn, recipe, progress
+        self._through_float = predecessors == "float"
+        self._calibration = Calibration(fn, recipe, keep_results=self._through_float)
+        self._announced = False
 
-def _needed_memory(jobs: list[Job], count: int, beside: int) -> MemoryEstimate:
-    """What is still to be allocated for all blocks: of their results there are two in the end, apart and in a stack."""
-    one = needed_memory(jobs)
-    parts = {**one.parts, "quantized weights": 2 * count * one.parts["quantized weights"], "other parameters": beside}
-    remedy = "the layers are quantized one at a time already; fewer bits take less, or a machine with more memory"
-    return MemoryEstimate(one.call, {name: size for name, size in parts.items() if size}, remedy)
+    def quantize(self, params: Any, *, last: bool = False) -> tuple[Any, Report]:
+        """Quantizes the next block.
 
+        Args:
+          params: its parameters, like those of the others in structure and shapes.
+          last: no other follows, so `inputs` need not be replaced.
 
-def stack_blocks(quantized: Sequence[tuple[Any, Report]]) -> tuple[Any, Report]:
-    """Puts together blocks that are parts of one stack, with a leading axis of layers on every leaf.
+        Returns:
+          The tree and the report, as `quantize_params`.
 
-    Args:
-      quantized: what `quantize_blocks` yielded, in order.
+        Raises:
+          ValueError: as `calibrate` and `quantize_params`.
+        """
+        stats = self._calibrate(params)
+        jobs = plan(dict(named_leaves(params)), stats, self._recipe)
+        if not self._announced:  # the others need the same
+            memory.ensure_fits(needed_memory(jobs), params)
+            self._announced = True
+        tree, report = run_jobs(jobs, params, stats, None)
+        del params, stats, jobs
+        if self.inputs is not None and not self._through_float and not last:
+            for i, x in enumerate(self.inputs):
+                self.inputs[i] = jax.block_until_ready(self._fn(tree, x))
+        return tree, report
 
-    Returns:
-      The tree of the whole stack and a Report, as if it had been quantized at once.
-    """
-    trees, reports = zip(*quantized, strict=True)
-    tree = jax.tree.map(_stacked, *trees, is_leaf=is_qtensor)
-    layers, first = [], 0
-    for part, report in quantized:
-        layers += [dataclasses.replace(row, index=(row.index[0] + first, *row.index[1:])) for row in report.layers]
-        first += len(jax.tree.leaves(part)[0])
-    order = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in layers))}
-    return tree, Report(
-        layers=tuple(sorted(layers, key=lambda row: order[row.path])),
-        unchanged=reports[0].unchanged,
-        notes=reports[0].notes,
-        bytes_before=sum(report.bytes_before for report in reports),
-        bytes_after=sum(report.bytes_after for report in reports),
-    )
+    def _calibrate(self, params: Any) -> Statistics | None:
+        if self.inputs is None:
+            return None
+        batches = zip(self._taken(self.inputs), self._masks, strict=True)
+        stats, results = self._calibration.run(params, batches)
+        if self._through_float:
+            self.inputs = results
+        return stats
 
-
-def _stacked(*parts: Any) -> Any:
-    """One leaf of all blocks. Of outliers each block has its own number; what lacks is filled up with no channel."""
-    if is_qtensor(parts[0]) and parts[0].outlier_index is not None:
-        axis = parts[0].values.ndim - 1 - len(parts[0].out)
-        most = max(q.outlier_index.shape[axis] for q in parts)
-        parts = tuple(_filled(q, axis, most) for q in parts)
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
-
-
-def _filled(q: QTensor, axis: int, size: int) -> QTensor:
-    """The QTensor with `size` outliers along an axis of its arrays."""
-    index, rows = q.outlier_index, q.outlier_weight
-    assert index is not None
-    assert rows is not None
-    pad = [(0, size - index.shape[axis] if a == axis else 0) for a in range(index.ndim)]
-    index = jnp.pad(index, pad, constant_values=math.prod(q.in_shape))
-    return dataclasses.replace(q, outlier_index=index, outlier_weight=jnp.pad(rows, pad))
-
-
-def _drained(batches: list, progress: Progress | None) -> Iterator[Any]:
-    """The batches, each let go when the next is asked for."""
-    total = len(batches)
-    for done in range(total):
-        if progress is not None:
-            progress(done, total)
-        yield batches.pop(0)
-    if progress is not None:
-        progress(total, total)
+    def _taken(self, inputs: list) -> Iterator[Any]:
+        """The batches; each is let go when the next is asked for, if the function's results take their place."""
+        total = len(inputs)
+        for done in range(total):
+            if self._progress is not None:
+                self._progress(done, total)
+            yield inputs.pop(0) if self._through_float else inputs[done]
+        if self._progress is not None:
+            self._progress(total, total)

@@ -1,0 +1,166 @@
+"""Quantizes a checkpoint layer by layer, from one directory to another, and goes on after a kill."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.checkpoints.resumable import Run, resumable_directory
+from jaxquant.evaluation.data import Samples
+from jaxquant.models.names import parameter_shapes
+from jaxquant.parts import ModelParts
+from jaxquant.pretrained import SOURCE, Checkpoint, Format
+from jaxquant.transforms.report import Report, stacked_reports
+from jaxquant.transforms.stream import Predecessors, Stream
+
+Progress = Callable[[str, int, int], None]  # (what, done, in all)
+
+_PIECE = 2**22  # entries that are looked at together
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerByLayer:
+    """What is made of a checkpoint, and of which data.
+
+    Attributes:
+      checkpoint: the float model.
+      rules: a recipe for the parameters of a layer, as `Model.layer_rules` gives.
+      samples: to calibrate with; None for methods that need no calibration.
+      batch_tokens: how many of their tokens run together.
+      format: of the files.
+      predecessors: as for `Stream`.
+    """
+
+    checkpoint: Checkpoint
+    rules: Sequence[tuple[str, Any]]
+    samples: Samples | None
+    batch_tokens: int
+    format: Format
+    predecessors: Predecessors
+
+    def run(self, path: str | os.PathLike, *, overwrite: bool, resume: bool, progress: Progress) -> Report:
+        """Quantizes the model into a directory. Arguments and errors as `quantize_checkpoint`."""
+        with resumable_directory(path, self.fingerprint(), overwrite=overwrite, resume=resume) as run:
+            self._quantize_layers(run, progress)
+            for name in self.checkpoint.outer_names[len(run.notes) - self._count :]:
+                self._copy(run, name)
+            run.index()
+            self._parts.finish(run.directory, run.notes)
+            return self._report(run.notes)
+
+    def fingerprint(self) -> dict[str, str]:
+        """All that decides what is written; reads the whole checkpoint. Raises ValueError for what is not finite."""
+        return {
+            "model": _digest(self.checkpoint),
+            "recipe": f"{self.rules}, predecessors={self.predecessors}",
+            "data": "none" if self.samples is None else f"{self.samples.sha256}, {self.batch_tokens} tokens together",
+            "format": self.format,
+            "version": f"jaxquant {metadata.version('jaxquant')}, JAX {jax.__version__}",
+            "devices": jax.devices()[0].device_kind,
+        }
+
+    @property
+    def _count(self) -> int:
+        return self.checkpoint.model.config.num_layers
+
+    @property
+    def _batches(self) -> list[Samples]:
+        samples = self.samples
+        return [] if samples is None else samples.batches(max(1, self.batch_tokens // samples.tokens.shape[1]))
+
+    @property
+    def _parts(self) -> ModelParts:
+        return ModelParts(self.checkpoint.model, self.format)
+
+    def _quantize_layers(self, run: Run, progress: Progress) -> None:
+        """Quantizes and writes the layers that are not done yet."""
+        first, blocks = len(run.notes), self.checkpoint.model.blocks
+        if first >= self._count:
+            return
+
+        def calibrating(done: int, total: int) -> None:
+            progress("calibrating", len(run.notes) * total + done, self._count * total)
+
+        stream = Stream(
+            blocks.apply,
+            self.rules,
+            self._inputs(run),
+            masks=[batch.real for batch in self._batches],
+            predecessors=self.predecessors,
+            progress=calibrating,
+        )
+        for layer in range(first, self._count):
+            self._quantize_layer(run, stream, layer)
+            progress("quantizing", layer + 1, self._count)
+
+    def _quantize_layer(self, run: Run, stream: Stream, layer: int) -> None:
+        last = layer + 1 == self._count
+        windows = {"windows": self.checkpoint.model.blocks.windows[layer : layer + 1]}
+        tree, report = stream.quantize(self.checkpoint.layers(range(layer, layer + 1)) | windows, last=last)
+        state = {} if stream.inputs is None or last else {f"{i:06d}": x for i, x in enumerate(stream.inputs)}
+        run.add(functools.partial(self._write_layer, layer, {"layers": tree["layers"]}, report), state)
+
+    def _inputs(self, run: Run) -> list[jax.Array] | None:
+        """The inputs of the layer that comes next."""
+        if self.samples is None:
+            return None
+        if run.notes:
+            state = run.state()
+            return [jnp.asarray(state.pop(name)) for name in sorted(state)]
+        embed = self.checkpoint.model.blocks.embed
+        inputs = []
+        for tokens, _ in self._batches:
+            distinct, places = np.unique(tokens, return_inverse=True)  # not the whole embedding, which may be large
+            inputs.append(embed(jnp.asarray(self.checkpoint.rows(distinct)), jnp.asarray(places.reshape(tokens.shape))))
+        return inputs
+
+    def _write_layer(self, layer: int, params: Mapping[str, Any], report: Report, directory: Path) -> dict[str, Any]:
+        note = self._parts.write_layer(directory, layer, params)
+        return {**note, "report": report.to_dict(), "nbytes": _nbytes(params)}
+
+    def _copy(self, run: Run, name: str) -> None:
+        outer = self.checkpoint.outer(name)
+        run.add(lambda directory: {**self._parts.write_outer(directory, outer), "nbytes": _nbytes(outer)})
+
+    def _report(self, notes: Sequence[Mapping[str, Any]]) -> Report:
+        """The report on the whole model."""
+        report = stacked_reports([Report.from_dict(note["report"]) for note in notes[: self._count]])
+        quantized, after = {row.path for row in report.layers}, sum(note["nbytes"] for note in notes)
+        paths = sorted(parameter_shapes(self.checkpoint.model.config), key=lambda path: path.split("/"))
+        return dataclasses.replace(
+            report,
+            unchanged=tuple(path for path in paths if path not in quantized),
+            bytes_before=after + report.bytes_before - report.bytes_after,
+            bytes_after=after,
+        )
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """A checksum of a model. Raises ValueError for what is not finite, before hours of work."""
+    config = json.loads(checkpoint.model.hf_config)
+    config.pop(SOURCE, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, array in checkpoint.stored():
+        bad, flat = 0, array.reshape(-1)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        for start in range(0, flat.size, _PIECE):
+            piece = np.ascontiguousarray(flat[start : start + _PIECE])
+            bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
+            digest.update(piece.view(np.uint8).data)
+        if bad:
+            where = f"{checkpoint.directory}: {name}"
+            raise ValueError(f"{where}: {bad} of its {array.size} entries are not finite; repair it first")
+    return digest.hexdigest()
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
