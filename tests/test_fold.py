@@ -17,6 +17,8 @@ from jaxquant.transforms.tracing.interpreter import named_leaves
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+ACTIVATION_AWARE = jq.AWQ(jq.int4(group_size=32), grid=3)
+
 
 @functools.cache
 def model_of(variant):
@@ -32,9 +34,10 @@ def scaled(model, params, seed=0):
     """8-bit weights with random channel scales, one for all weights that read one input."""
     rng, leaves = np.random.default_rng(seed), dict(named_leaves(params))
     for pair in model.fold_pairs:
-        lead, (size, _) = leaves[pair.readers[0]].shape[:-2], leaves[pair.readers[0]].shape[-2:]
+        readers = [path for path in pair.readers if path in leaves]
+        *lead, size, _ = leaves[readers[0]].shape
         d = jnp.asarray(np.exp(rng.normal(size=(*lead, size, 1))).astype(np.float32))
-        for path in pair.readers:
+        for path in readers:
             leaves[path] = dataclasses.replace(jq.quantize(leaves[path] * d, jq.int8()), channel_scale=d)
     return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
 
@@ -45,7 +48,8 @@ def test_folding_changes_nothing_but_rounding_errors(variant):
     qparams = scaled(model, params)
     folded = jq.fold(qparams, model.fold_pairs)
     quantized = [leaf for leaf in jax.tree.leaves(folded, is_leaf=is_qtensor) if is_qtensor(leaf)]
-    assert len(quantized) == (7 if model.config.num_heads == model.config.num_kv_heads else 6)
+    linear = [path for path, _ in named_leaves(params) if path.endswith("_proj/kernel")]
+    assert len(quantized) == len(linear) - (model.config.num_heads != model.config.num_kv_heads)
     assert all(q.channel_scale is None for q in quantized)
     want, found = model.apply(qparams, TOKENS), model.apply(folded, TOKENS)
     assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
@@ -53,6 +57,23 @@ def test_folding_changes_nothing_but_rounding_errors(variant):
         lambda q: dataclasses.replace(q, channel_scale=None) if is_qtensor(q) else q, qparams, is_leaf=is_qtensor
     )
     assert np.abs(model.apply(wrong, TOKENS) - want).max() > 0.1 * np.abs(want).max()
+
+
+def test_norms_with_an_offset_keep_their_digits():
+    """Stored is the scale minus one: where it becomes small, bfloat16 would round it away."""
+    model, params = model_of("gemma3")
+    qparams = scaled(model, params)
+    for path in ("layers/input_layernorm/scale", "layers/pre_feedforward_layernorm/scale"):
+        _, norm, _ = path.split("/")
+        qparams["layers"][norm]["scale"] = params["layers"][norm]["scale"].astype(jnp.bfloat16)
+    attention = qparams["layers"]["self_attn"]
+    for name in "qkv":  # scales from 10 to 1000
+        kernel = attention[f"{name}_proj"]["kernel"]
+        large = 100 * jnp.clip(kernel.channel_scale, 0.1, 10)
+        attention[f"{name}_proj"]["kernel"] = dataclasses.replace(kernel, channel_scale=large, scale=100 * kernel.scale)
+    want = model.apply(qparams, TOKENS)
+    found = model.apply(jq.fold(qparams, model.fold_pairs), TOKENS)
+    assert np.linalg.norm(found - want) < 0.01 * np.linalg.norm(want)
 
 
 def test_readers_that_are_not_quantized_are_compensated():
@@ -82,8 +103,17 @@ def test_what_cannot_be_folded_is_named():
         jq.fold(qparams, model.fold_pairs)
 
 
-@pytest.mark.parametrize("variant", ["mistral_window_of_one", "qwen2"])  # with all heads of their own, and without
-@pytest.mark.parametrize("config", [jq.AWQ(jq.int4(group_size=32), grid=3), jq.SmoothQuant(0.5)])
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        ("mistral_window_of_one", ACTIVATION_AWARE),  # with all heads of their own
+        ("mistral_window_of_one", jq.SmoothQuant(0.5)),
+        ("qwen2", ACTIVATION_AWARE),
+        ("qwen2", jq.SmoothQuant(0.5)),
+        ("gemma3_new_words", ACTIVATION_AWARE),  # with norms that add one
+        ("phi3", ACTIVATION_AWARE),  # with fused projections
+    ],
+)
 def test_scaled_weights_are_written_for_other_readers(variant, config, tmp_path):
     model, params = model_of(variant)
     stats = jq.calibrate(model.apply, params, [TOKENS])

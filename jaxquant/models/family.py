@@ -6,7 +6,7 @@ them. So there is one list of names, and the few keys of config.json that all of
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxquant.transforms.fold import FoldPair
 
@@ -44,32 +44,46 @@ _TENSORS = (
     *_linear("self_attn.q_proj"),
     *_linear("self_attn.k_proj"),
     *_linear("self_attn.v_proj"),
+    *_linear("self_attn.qkv_proj"),
     *_linear("self_attn.o_proj"),
     _norm("self_attn.q_norm"),
     _norm("self_attn.k_norm"),
     _norm("post_attention_layernorm"),
+    _norm("pre_feedforward_layernorm"),
+    _norm("post_feedforward_layernorm"),
     *_linear("mlp.gate_proj"),
     *_linear("mlp.up_proj"),
+    *_linear("mlp.gate_up_proj"),
     *_linear("mlp.down_proj"),
     TensorName("norm/scale", "model.norm.weight", False),
 )
 
-VALUES = FoldPair(
-    ("layers/self_attn/v_proj/kernel", "layers/self_attn/v_proj/bias"),
+VALUES = FoldPair(  # the last outputs of a fused projection are the values
+    tuple(f"layers/self_attn/{name}_proj/{leaf}" for name in ("v", "qkv") for leaf in ("kernel", "bias")),
     ("layers/self_attn/o_proj/kernel",),
 )
-_FOLD_PAIRS = (
-    FoldPair(
-        ("layers/input_layernorm/scale",),
-        tuple(f"layers/self_attn/{name}_proj/kernel" for name in "qkv"),
-    ),
-    VALUES,
-    FoldPair(
-        ("layers/post_attention_layernorm/scale",),
-        ("layers/mlp/gate_proj/kernel", "layers/mlp/up_proj/kernel"),
-    ),
-    FoldPair(("layers/mlp/up_proj/kernel", "layers/mlp/up_proj/bias"), ("layers/mlp/down_proj/kernel",)),
-)
+
+
+def fold_pairs(mlp_norm: str = "post_attention_layernorm", norm_offset: float = 0.0) -> tuple[FoldPair, ...]:
+    """What makes the inputs of the linear layers, where `mlp_norm` is the norm before the feed-forward network."""
+    return (
+        FoldPair(
+            ("layers/input_layernorm/scale",),
+            tuple(f"layers/self_attn/{name}_proj/kernel" for name in ("q", "k", "v", "qkv")),
+            norm_offset,
+        ),
+        VALUES,
+        FoldPair(
+            (f"layers/{mlp_norm}/scale",),
+            tuple(f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "gate_up")),
+            norm_offset,
+        ),
+        FoldPair(
+            tuple(f"layers/mlp/{name}_proj/{leaf}" for name in ("up", "gate_up") for leaf in ("kernel", "bias")),
+            ("layers/mlp/down_proj/kernel",),
+        ),
+    )
+
 
 # The keys of every family, to be united with its own.
 DEFAULTS: Mapping[str, Any] = {
@@ -83,11 +97,15 @@ _HARMLESS = frozenset(
     {
         "_attn_implementation_autoset",
         "_name_or_path",
+        "_sliding_window_pattern",  # `layer_types` stands beside it
         "architectures",
         "attention_dropout",  # training only
+        "auto_map",
         "bos_token_id",
+        "cache_implementation",
         "chunk_size_feed_forward",
         "dtype",
+        "embd_pdrop",
         "eos_token_id",
         "id2label",
         "initializer_range",
@@ -96,6 +114,7 @@ _HARMLESS = frozenset(
         "output_hidden_states",
         "pad_token_id",
         "problem_type",
+        "resid_pdrop",
         "quantization_config",  # says how the tensors are stored, which `checkpoints` reads
         "return_dict",
         "torch_dtype",
@@ -105,14 +124,19 @@ _HARMLESS = frozenset(
 )
 
 
+class Key(NamedTuple):
+    """A key of config.json."""
+
+    name: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture.
 
     Attributes:
       architecture: its name in config.json.
-      parts: the switches of `DecoderConfig` by field: a bool where the architecture settles it, else the name of the
-        configuration key that does.
+      parts: what `DecoderConfig` has by field: a value where the architecture settles it, else the key that does.
       defaults: the optional configuration keys, with the value that transformers takes where one is missing. A family
         has windows if `sliding_window` is among them.
       fixed: the configuration keys that would change the mathematics, with the one value that this decoder computes.
@@ -121,15 +145,17 @@ class Family:
         switches on.
       head: the output head of models that do not tie it to the embedding.
       fold_pairs: what makes the inputs of linear layers, for `jaxquant.fold`.
+      rope_types: the values of `rope_type` that it may have.
       ignored_tensors: a regular expression for the names of tensors that hold nothing that is learned.
     """
 
     architecture: str
-    parts: Mapping[str, bool | str]
+    parts: Mapping[str, Any]
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any]
     harmless: frozenset[str] = _HARMLESS
     tensors: tuple[TensorName, ...] = _TENSORS
     head: TensorName = TensorName("lm_head/kernel", "lm_head.weight", True)
-    fold_pairs: tuple[FoldPair, ...] = _FOLD_PAIRS
+    fold_pairs: tuple[FoldPair, ...] = fold_pairs()
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
     ignored_tensors: str = r".*rotary_emb\.inv_freq"

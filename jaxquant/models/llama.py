@@ -1,10 +1,15 @@
 """Llama 1 to 3 and what shares their architecture: `LlamaForCausalLM` in Hugging Face's config.json."""
 
-from jaxquant.models.family import DEFAULTS, FIXED, Family
+from jaxquant.models.family import DEFAULTS, FIXED, Family, Key
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    parts={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
+    parts={
+        "qkv_bias": Key("attention_bias"),
+        "o_bias": Key("attention_bias"),
+        "mlp_bias": Key("mlp_bias"),
+        "qk_norm": False,
+    },
     defaults={
         **DEFAULTS,
         "attention_bias": False,

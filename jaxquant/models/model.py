@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxquant.models.config import FAMILIES, DecoderConfig, from_hf
-from jaxquant.models.decoder import Decoder, Layers, window_sizes
+from jaxquant.models.decoder import Decoder, Layers, embedded, window_sizes
 from jaxquant.models.family import VALUES
 from jaxquant.models.names import parameter_shapes
 from jaxquant.models.stacking import layer_path
@@ -122,7 +122,8 @@ class Model:
 
 
 def _of_layer(pair: FoldPair, layer: int) -> FoldPair:
-    return FoldPair(*(tuple(layer_path(path, layer) for path in paths) for paths in pair))
+    sources, readers = (tuple(layer_path(path, layer) for path in paths) for paths in (pair.sources, pair.readers))
+    return FoldPair(sources, readers, pair.offset)
 
 
 class Blocks(NamedTuple):
@@ -147,7 +148,7 @@ def _blocks(config: DecoderConfig, dtype: np.dtype) -> Blocks:
 
     @jax.jit
     def embed(embedding, tokens):
-        return embedding[tokens].astype(dtype)
+        return embedded(config, embedding[tokens].astype(dtype))
 
     @jax.jit
     def apply(params, x):

@@ -1,10 +1,10 @@
 """Qwen3, dense: `Qwen3ForCausalLM`, which normalizes queries and keys head by head (arXiv:2505.09388)."""
 
-from jaxquant.models.family import DEFAULTS, FIXED, Family
+from jaxquant.models.family import DEFAULTS, FIXED, Family, Key
 
 QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
-    parts={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": False, "qk_norm": True},
+    parts={"qkv_bias": Key("attention_bias"), "o_bias": Key("attention_bias"), "mlp_bias": False, "qk_norm": True},
     defaults={
         **DEFAULTS,
         "attention_bias": False,

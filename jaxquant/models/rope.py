@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864) with the two frequency scalings that Llama checkpoints use.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) with the frequency scalings that checkpoints use.
 
 Everything here is float32, as in the reference implementation: a position of a few thousand times a frequency has no
 room for a shorter mantissa. The halves of a head are rotated against each other (the layout of Hugging Face's
@@ -19,8 +19,8 @@ class LinearScaling:
 
     factor: float
 
-    def scale(self, frequencies: np.ndarray) -> np.ndarray:
-        """Returns the scaled frequencies, same shape."""
+    def scale(self, frequencies: np.ndarray, length: int) -> np.ndarray:
+        """Returns the scaled frequencies, same shape, for sequences of `length` tokens."""
         return frequencies / self.factor
 
 
@@ -33,32 +33,73 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def scale(self, frequencies: np.ndarray) -> np.ndarray:
-        """Returns the scaled frequencies, same shape."""
+    def scale(self, frequencies: np.ndarray, length: int) -> np.ndarray:
+        """Returns the scaled frequencies, same shape, for sequences of `length` tokens."""
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
         return frequencies * (kept + (1.0 - kept) / self.factor)
 
 
-RopeScaling = LinearScaling | Llama3Scaling
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """LongRoPE (arXiv:2402.13753): each frequency has a divisor, another one in sequences beyond the original length.
+
+    `magnitude` multiplies the tables, and so the scores of attention twice.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    magnitude: float
+
+    def scale(self, frequencies: np.ndarray, length: int) -> np.ndarray:
+        """Returns the scaled frequencies, same shape, for sequences of `length` tokens."""
+        is_long = length > self.original_max_position_embeddings
+        return frequencies / np.asarray(self.long_factor if is_long else self.short_factor)
 
 
-def rope_tables(length: int, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[jax.Array, jax.Array]:
-    """Returns the cosines and sines of positions `0..length-1`, each float32 `[length, head_dim / 2]`."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        frequencies = scaling.scale(frequencies)
+RopeScaling = LinearScaling | Llama3Scaling | LongRope
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How heads are rotated: their first `dim` features, by frequencies from 1 down to almost 1 / `theta`, scaled.
+
+    Raises ValueError for a `dim` that is odd or 0: halves are rotated against each other.
+    """
+
+    dim: int
+    theta: float
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        if self.dim % 2 or not self.dim:
+            what = "odd" if self.dim else "nothing"
+            raise ValueError(f"head_dim={self.dim} is {what}, but rotary embedding needs two equal halves")
+
+
+def rope_tables(length: int, ropes: tuple[Rope, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns the cosines and sines of positions `0..length-1`, each float32 `[len(ropes), length, dim / 2]`."""
     positions = jnp.arange(length, dtype=jnp.float32)
-    angles = positions[:, None] * jnp.asarray(frequencies, dtype=jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = [positions[:, None] * jnp.asarray(_frequencies(rope, length), dtype=jnp.float32) for rope in ropes]
+    magnitudes = [getattr(rope.scaling, "magnitude", 1.0) for rope in ropes]
+    cos = jnp.stack([jnp.cos(angle) * magnitude for angle, magnitude in zip(angles, magnitudes, strict=True)])
+    return cos, jnp.stack([jnp.sin(angle) * magnitude for angle, magnitude in zip(angles, magnitudes, strict=True)])
+
+
+def _frequencies(rope: Rope, length: int) -> np.ndarray:
+    frequencies = rope.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
+    return frequencies if rope.scaling is None else rope.scaling.scale(frequencies, length)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `x` `[batch, time, heads, head_dim]` by its positions; keeps its dtype.
+    """Rotates the first features of `x` `[batch, time, heads, head_dim]` by its positions; keeps its dtype.
 
-    `cos` and `sin` are the tables of `rope_tables`, `[time, head_dim / 2]`.
+    `cos` and `sin` are the tables of one rope, `[time, dim / 2]`.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated, kept = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([rotated, kept], axis=-1) if kept.shape[-1] else rotated

@@ -6,6 +6,7 @@ is gone from the weight, and formats without a place for it can store the model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +23,15 @@ class FoldPair(NamedTuple):
 
     Attributes:
       sources: arrays whose last axis are the channels: the scale (and bias) of a norm, or the kernel and bias of a
-        linear layer. Every channel of the input must be proportional to that channel of each of them.
+        linear layer. Where that axis is longer, as of a fused projection, its end are the channels. Every channel of
+        the input must be proportional to that channel of each of them.
       readers: the kernels `[..., in, out]` of all products with that input, quantized or not.
+      offset: what is added to the sources where they are used: 1 for a norm that multiplies with 1 + scale.
     """
 
     sources: tuple[str, ...]
     readers: tuple[str, ...]
+    offset: float = 0.0
 
 
 def fold(params: Any, pairs: Sequence[FoldPair]) -> Any:
@@ -67,8 +71,40 @@ def _folded(pair: FoldPair, leaves: Mapping[str, Any]) -> dict[str, Any]:
                 f"'{path}' and '{first}' read the same input, but have different channel scales; quantize them by the "
                 "same config, or leave one of them as it is"
             )
+    sources = {path: leaves[path] for path in pair.sources if path in leaves}
+    if pair.offset:
+        lift = functools.reduce(jnp.maximum, [_lift(source, scale, pair.offset) for source in sources.values()])
+        readers = {path: _divided_by(leaf, lift) for path, leaf in readers.items()}
+        scale = scale / lift
     found = {path: _without_scale(leaf, scale) for path, leaf in readers.items()}
-    return found | {path: _divided(path, leaves[path], scale) for path in pair.sources if path in leaves}
+    return found | {path: _divided(path, leaf, scale, pair.offset) for path, leaf in sources.items()}
+
+
+def _lift(source: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
+    """Powers of two `[*lead, 1, 1]` that lift a source, offset included, to half of its offset or more.
+
+    Less, and the difference that is stored would lose its digits in a short dtype. Nothing is lifted more than 256-fold
+    for a channel that is almost dead.
+    """
+    smallest = jnp.min(jnp.abs(source.astype(scale.dtype) + offset) / scale[..., 0], axis=-1) / offset
+    power = jnp.clip(jnp.ceil(-1 - jnp.log2(smallest)), 0, 8).astype(jnp.int32)
+    return jnp.ldexp(jnp.ones((), scale.dtype), power)[..., None, None]
+
+
+def _divided_by(reader: Any, lift: jax.Array) -> Any:
+    """A quantized reader of an input that is larger by a power of two; those that are not follow by their scale."""
+    if not is_qtensor(reader):
+        return reader
+
+    def times(a: jax.Array | None, factor: jax.Array) -> jax.Array | None:
+        return None if a is None else a * factor.astype(a.dtype)
+
+    return dataclasses.replace(
+        reader,
+        scale=times(reader.scale, 1 / lift),
+        input_scale=times(reader.input_scale, lift),
+        outlier_weight=times(reader.outlier_weight, 1 / lift),
+    )
 
 
 def _without_scale(reader: Any, scale: jax.Array) -> Any:
@@ -78,7 +114,7 @@ def _without_scale(reader: Any, scale: jax.Array) -> Any:
     return (reader.astype(wide) * scale.astype(wide)).astype(reader.dtype)
 
 
-def _divided(path: str, source: Any, scale: jax.Array) -> Any:
+def _divided(path: str, source: Any, scale: jax.Array, offset: float = 0.0) -> Any:
     """A source `[*lead, ..., channels]` divided by scales `[*lead, channels, 1]`."""
     if isinstance(source, QTensor):
         if source.spec.granularity == "per_tensor" or len(source.out) != 1:
@@ -88,6 +124,8 @@ def _divided(path: str, source: Any, scale: jax.Array) -> Any:
             )
         return dataclasses.replace(source, scale=_divided(path, source.scale, scale))
     scale = scale[..., 0]
+    before = source.shape[-1] - scale.shape[-1]
+    scale = jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(before, 0)], constant_values=1)
     scale = scale.reshape(*scale.shape[:-1], *(1,) * (source.ndim - scale.ndim), scale.shape[-1])
     wide = compute_dtype(source.dtype)
-    return (source.astype(wide) / scale.astype(wide)).astype(source.dtype)
+    return ((source.astype(wide) + offset) / scale.astype(wide) - offset).astype(source.dtype)
