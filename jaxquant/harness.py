@@ -77,14 +77,14 @@ class HarnessLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids; unless told otherwise with the special tokens that the tokenizer adds, but never two at the start."""
+        """Token ids, by default with the special tokens that the tokenizer adds, but never two at the start."""
         begins = self.tokenizer.bos_token is not None and string.startswith(self.tokenizer.bos_token)
         if add_special_tokens is None and not begins:
             return self.tokenizer.encode(string)
         return self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """For each (texts, context tokens, continuation tokens): the log-likelihood, and whether it is the likeliest."""
+        """The log-likelihood of each (texts, context, continuation), and whether it is the likeliest continuation."""
         pairs = [(context, continuation) for _, context, continuation in requests]
         found: list[Any] = [None] * len(pairs)
         for batch in _by_length(pairs, lambda pair: len(pair[0]) + len(pair[1]), self._batch_size):

@@ -52,16 +52,19 @@ class Sampling:
             raise ValueError("top_k and top_p are for drawing; give a temperature above 0 with them")
 
 
+GREEDY, FLOATS = Sampling(), CacheSpec()
+
+
 def generate(
     model: Model,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
-    cache: CacheSpec = CacheSpec(),
+    cache: CacheSpec = FLOATS,
     on_tokens: Callable[[np.ndarray], Any] | None = None,
 ) -> list[list[int]]:
     """Continues prompts.

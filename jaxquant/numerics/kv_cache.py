@@ -72,8 +72,9 @@ class CacheSpec:
         return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
 
     def stored(self, length):
-        """How many of `length` tokens, the oldest, are rounded."""
-        return jnp.maximum(length - self.residual, 0) // self.step * self.step
+        """How many of `length` tokens, the oldest, are rounded: an int for an int, an array for an array."""
+        old = (length - self.residual) // self.step * self.step
+        return max(old, 0) if isinstance(old, int) else jnp.maximum(old, 0)
 
 
 @functools.partial(
@@ -100,6 +101,11 @@ class KVCache:
     spec: CacheSpec
 
     @property
+    def capacity(self) -> int:
+        """Tokens that there is room for, or a few more."""
+        return self.recent_keys.shape[-3] + (0 if self.keys is None else self.keys.shape[-3])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
@@ -122,7 +128,7 @@ def empty_cache(spec: CacheSpec, batch: int, capacity: int, kv_heads: int, head_
 def fill(cache: KVCache, keys: jax.Array, values: jax.Array) -> KVCache:
     """Puts the first tokens, `[batch, time, kv_heads, head_dim]`, into an empty cache that has room for them."""
     spec, ring, time = cache.spec, cache.recent_keys.shape[1], keys.shape[1]
-    old = 0 if cache.keys is None else int(spec.stored(time))
+    old = 0 if cache.keys is None else spec.stored(time)
     if old:
         rounded = _rounded_keys(keys[:, :old], spec), _rounded_values(values[:, :old], spec)
         stores = tuple(_put(store, part, 0) for store, part in zip((cache.keys, cache.values), rounded, strict=True))
