@@ -14,11 +14,14 @@ from jaxquant.methods.llm_int8 import LLMInt8 as LLMInt8
 from jaxquant.methods.lsq import LSQ as LSQ
 from jaxquant.methods.rtn import RTN as RTN
 from jaxquant.methods.smoothquant import SmoothQuant as SmoothQuant
+from jaxquant.models.generation import Sampling as Sampling
+from jaxquant.models.generation import generate as generate
 from jaxquant.models.model import Model as Model
 from jaxquant.numerics.affine import choose_qparams as choose_qparams
 from jaxquant.numerics.affine import dequantize as dequantize
 from jaxquant.numerics.affine import fake_quantize as fake_quantize
 from jaxquant.numerics.affine import quantize as quantize
+from jaxquant.numerics.kv_cache import CacheSpec as CacheSpec
 from jaxquant.numerics.qtensor import QTensor as QTensor
 from jaxquant.numerics.spec import ActivationSpec as ActivationSpec
 from jaxquant.numerics.spec import QuantSpec as QuantSpec

@@ -7,9 +7,12 @@ What a family has beyond the others (biases, norms of queries and keys, windows)
 The operations are plain ones (products, a scan, a gather): nothing here knows about quantization.
 
 Norms, rotary embedding, softmax and logits are computed in float32, everything else in the module's `dtype`.
+
+Every module can also go on from a `Past`, the keys and values of the tokens before; it then returns a new one.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from flax import linen as nn
 
 from jaxquant.models.config import DecoderConfig
 from jaxquant.models.rope import Rope, rope_tables, rotate
+from jaxquant.numerics.kv_cache import KVCache, append, fill, read
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -27,6 +31,16 @@ def _dense(name: str, features: int, dtype: jnp.dtype, bias: bool = False) -> nn
 
 EVERYTHING = 2**31 - 1  # the window of a layer that sees all positions: one program serves layers of both kinds
 ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
+
+
+class Past(NamedTuple):
+    """What attention has seen: the cache of each layer, stacked, and the first token of each sequence.
+
+    `start` is int32 `[batch]`; what lies before it was filled in, and is never looked at.
+    """
+
+    cache: KVCache
+    start: jax.Array
 
 
 class RMSNorm(nn.Module):
@@ -63,11 +77,14 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Maps `x` `[batch, time, hidden]` to the same shape.
+    def __call__(
+        self, x: jax.Array, window: jax.Array, past: Past | None, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, Past | None]:
+        """Maps `x` `[batch, time, hidden]` to the same shape, and to the past after it.
 
-        `window`, int32 `[]`, is how many positions one sees, itself included. `cos` and `sin` are the tables of
-        `rope_tables`: the first for layers that see everything, the last for layers with a window.
+        `window`, int32 `[]`, is how many positions one sees, itself included. `past` is that of this layer. `cos` and
+        `sin` are the tables of `rope_tables` at the positions of x: the first for layers that see everything, the last
+        for layers with a window.
         """
         config = self.config
         query, key, value = self._projected(x)
@@ -76,9 +93,10 @@ class Attention(nn.Module):
             key = _norm(config, self.dtype, "k_norm")(key)
         kind = jnp.where(window == EVERYTHING, 0, cos.shape[0] - 1)
         query, key = (rotate(heads, cos[kind], sin[kind]) for heads in (query, key))
-        mixed = causal_attention(query, key, value, window, config.attention_scalar, config.attention_cap)
+        memory, past = remembered(key, value, past)
+        mixed = causal_attention(query, memory, window, config.attention_scalar, config.attention_cap)
         mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
-        return _dense("o_proj", config.hidden_size, self.dtype, config.o_bias)(mixed)
+        return _dense("o_proj", config.hidden_size, self.dtype, config.o_bias)(mixed), past
 
     def _projected(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, each `[batch, time, heads, head_dim]`."""
@@ -94,29 +112,62 @@ class Attention(nn.Module):
         return [part.reshape(*part.shape[:-1], -1, config.head_dim) for part in parts]
 
 
+class Memory(NamedTuple):
+    """What queries, the last of all positions, attend to.
+
+    Attributes:
+      key, value: `[batch, slots, kv_heads, head_dim]`.
+      positions: of the slots, int32 `[slots]`; negative where a slot is empty.
+      length: positions there are, the queries' own included.
+      start: the first position of each sequence, int32 `[batch]`; None is 0.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    positions: jax.Array
+    length: int | jax.Array
+    start: jax.Array | None
+
+
+def remembered(key: jax.Array, value: jax.Array, past: Past | None) -> tuple[Memory, Past | None]:
+    """What to attend to, new keys and values `[batch, time, kv_heads, head_dim]` included, and the past after them.
+
+    Without a past, or with an empty one, that is the new ones alone, as they are. Otherwise there is one new token.
+    """
+    time = key.shape[1]
+    positions = jnp.arange(time, dtype=jnp.int32)
+    if past is None:
+        return Memory(key, value, positions, time, None), None
+    if time > 1:
+        real = (positions >= past.start[:, None])[..., None, None]
+        key, value = (jnp.where(real, heads, jnp.zeros_like(heads)) for heads in (key, value))
+        return Memory(key, value, positions, time, past.start), past._replace(cache=fill(past.cache, key, value))
+    past = past._replace(cache=append(past.cache, key, value))
+    return Memory(*read(past.cache), past.cache.length, past.start), past
+
+
 def causal_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    window: jax.Array,
-    scalar: float | None = None,
-    cap: float | None = None,
+    query: jax.Array, memory: Memory, window: jax.Array, scalar: float | None = None, cap: float | None = None
 ) -> jax.Array:
     """Attends to the present and the past, as far back as the window reaches.
 
-    `query` is `[batch, time, heads, head_dim]`, `key` and `value` `[batch, time, kv_heads, head_dim]` where `kv_heads`
-    divides `heads`; `window`, int32 `[]`, is how many positions one sees, itself included. Scores are divided by the
-    root of `scalar`, None for `head_dim`, and then capped. Returns the shape and dtype of `query`.
+    `query` is `[batch, time, heads, head_dim]`, where `heads` is a multiple of the memory's; `window`, int32 `[]`, is
+    how many positions one sees, itself included. Scores are divided by the root of `scalar`, None for `head_dim`, and
+    then capped. Returns the shape and dtype of `query`.
     """
     batch, time, heads, head_dim = query.shape
-    grouped = query.reshape(batch, time, key.shape[2], heads // key.shape[2], head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    kv_heads = memory.key.shape[2]
+    grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, memory.key, preferred_element_type=jnp.float32)
     scores = _capped(scores / math.sqrt(head_dim if scalar is None else scalar), cap)
-    positions = jnp.arange(time, dtype=jnp.int32)
-    distance = positions[:, None] - positions
-    seen = (distance >= 0) & (distance < window)
+    own = memory.length - time + jnp.arange(time, dtype=jnp.int32)
+    distance = own[:, None] - memory.positions
+    seen = (distance >= 0) & (distance < window) & (memory.positions >= 0)
+    if memory.start is not None:  # what was filled in sees itself, so that nothing is divided by zero
+        seen &= (memory.positions >= memory.start[:, None, None]) | (distance == 0)
+        seen = seen[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(query.dtype), value)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(query.dtype), memory.value)
     return mixed.reshape(query.shape)
 
 
@@ -148,29 +199,32 @@ class DecoderLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
-        """Maps `x` `[batch, time, hidden]` to `(x, None)`, the carry and the empty output of a scan."""
+    def __call__(
+        self, x: jax.Array, window: jax.Array, past: Past | None, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, Past | None]:
+        """Maps `x` `[batch, time, hidden]` and the past of this layer to the same, the carry and output of a scan."""
         attention = Attention(self.config, self.dtype, name="self_attn")
         mlp = MLP(self.config, self.dtype, name="mlp")
         if self.config.post_norms:
-            mixed = attention(self._norm("input_layernorm")(x), window, cos, sin)
+            mixed, past = attention(self._norm("input_layernorm")(x), window, past, cos, sin)
             x = x + self._norm("post_attention_layernorm")(mixed)
             fed = mlp(self._norm("pre_feedforward_layernorm")(x))
-            return x + self._norm("post_feedforward_layernorm")(fed), None
-        x = x + attention(self._norm("input_layernorm")(x), window, cos, sin)
-        return x + mlp(self._norm("post_attention_layernorm")(x)), None
+            return x + self._norm("post_feedforward_layernorm")(fed), past
+        mixed, past = attention(self._norm("input_layernorm")(x), window, past, cos, sin)
+        x = x + mixed
+        return x + mlp(self._norm("post_attention_layernorm")(x)), past
 
     def _norm(self, name: str) -> RMSNorm:
         return _norm(self.config, self.dtype, name)
 
 
 def _scanned(config: DecoderConfig, dtype: jnp.dtype, length: int) -> nn.Module:
-    """Some layers, one after the other: maps `(x, windows, *rope_tables)` to `(x, None)`."""
+    """Some layers, one after the other: maps `(x, windows, past, *rope_tables)` to `(x, past)`."""
     scan = nn.scan(
         DecoderLayer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast, nn.broadcast),
         length=length,
         check_constancy_invariants=False,  # an extra trace, for a feature that is not used
     )
@@ -205,7 +259,7 @@ class Layers(nn.Module):
         """Maps `x` `[batch, time, hidden]` to the same shape; `windows`, int32, has an entry per layer."""
         config = self.config
         tables = rope_tables(x.shape[-2], ropes(config))
-        return _scanned(config, self.dtype, len(windows))(x, windows, *tables)[0]
+        return _scanned(config, self.dtype, len(windows))(x, windows, None, *tables)[0]
 
 
 class Unstacked(nn.Module):
@@ -215,11 +269,16 @@ class Unstacked(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, windows: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
-        """As a scan over the layers: maps `x` `[batch, time, hidden]` to `(x, None)`."""
+    def __call__(
+        self, x: jax.Array, windows: jax.Array, past: Past | None, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, Past | None]:
+        """As a scan over the layers: maps `x` `[batch, time, hidden]` and the stacked past to the same."""
+        new = []
         for i in range(self.config.num_layers):
-            x, _ = DecoderLayer(self.config, self.dtype, name=str(i))(x, windows[i], cos, sin)
-        return x, None
+            own = jax.tree.map(lambda a, i=i: a[i], past)
+            x, after = DecoderLayer(self.config, self.dtype, name=str(i))(x, windows[i], own, cos, sin)
+            new.append(after)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *new)
 
 
 class Decoder(nn.Module):
@@ -230,18 +289,33 @@ class Decoder(nn.Module):
     stacked: bool = True
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps token ids, integer `[batch, time]`, to logits, float32 `[batch, time, vocab]`."""
+    def __call__(self, tokens: jax.Array, past: Past | None = None):
+        """Maps token ids, integer `[batch, time]`, to logits, float32 `[batch, time, vocab]`.
+
+        With a past, tokens are what follows it: any number if it is empty, else one. Then the result is the logits
+        after the last of them, `[batch, vocab]`, and the new past.
+        """
         config = self.config
         embed = nn.Embed(
             config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=_INIT, name="embed_tokens"
         )
-        tables = rope_tables(tokens.shape[-1], ropes(config))
+        tables = self._tables(tokens.shape[-1], past)
         if self.stacked:
             layers = _scanned(config, self.dtype, config.num_layers)
         else:
             layers = Unstacked(config, self.dtype, name="layers")
-        x, _ = layers(embedded(config, embed(tokens)), window_sizes(config), *tables)
-        x = _norm(config, self.dtype, "norm")(x)
+        x, new = layers(embedded(config, embed(tokens)), window_sizes(config), past, *tables)
+        x = _norm(config, self.dtype, "norm")(x if past is None else x[:, -1])
         head = embed.attend if config.tie_embeddings else _dense("lm_head", config.vocab_size, self.dtype)
-        return _capped(head(x).astype(jnp.float32), config.logit_cap)
+        logits = _capped(head(x).astype(jnp.float32), config.logit_cap)
+        return logits if past is None else (logits, new)
+
+    def _tables(self, time: int, past: Past | None) -> tuple[jax.Array, jax.Array]:
+        """The tables of `rope_tables` at the positions of new tokens, counted from the first of each sequence."""
+        if past is None:
+            return rope_tables(time, ropes(self.config))
+        slots = past.cache.capacity
+        first = past.cache.length[0]
+        positions = first + jnp.arange(time, dtype=jnp.int32) - past.start[0][:, None]
+        cos, sin = rope_tables(slots, ropes(self.config))
+        return cos[:, jnp.maximum(positions, 0)], sin[:, jnp.maximum(positions, 0)]

@@ -13,10 +13,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxquant.models.config import FAMILIES, DecoderConfig, from_hf
-from jaxquant.models.decoder import Decoder, Layers, embedded, window_sizes
+from jaxquant.models.decoder import Decoder, Layers, Past, embedded, window_sizes
 from jaxquant.models.family import VALUES
 from jaxquant.models.names import parameter_shapes
 from jaxquant.models.stacking import layer_path
+from jaxquant.numerics.kv_cache import CacheSpec, empty_cache
 from jaxquant.transforms.fold import FoldPair
 from jaxquant.transforms.quantized import quantized
 from jaxquant.transforms.recipe import unscaled
@@ -57,6 +58,28 @@ class Model:
     def blocks(self) -> "Blocks":
         """The same function in pieces, for models that are handled a few (stacked) layers at a time."""
         return _blocks(self.config, self.dtype)
+
+    @property
+    def decode(self) -> Callable[[Any, jax.Array, Past], tuple[jax.Array, Past]]:
+        """The pure function `decode(params, tokens, past) -> (logits, past)`, for generation.
+
+        `tokens` `[batch, time]` follow a past: any number of them an empty one, else one. Logits, float32 `[batch,
+        vocab]`, are those after the last. Otherwise as `apply`.
+        """
+        return _decode(self.config, self.dtype, self.stacked)
+
+    def empty_past(self, spec: CacheSpec, start: jax.Array, capacity: int) -> Past:
+        """The past of sequences of which nothing has been seen.
+
+        Args:
+          spec: how keys and values are kept.
+          start: how many tokens were filled in before each sequence, int32 `[batch]`.
+          capacity: the most tokens that a sequence, with those before it, will have.
+        """
+        layers, config = self.config.num_layers, self.config
+        cache = empty_cache(spec, len(start), capacity, config.num_kv_heads, config.head_dim, self.dtype)
+        past = Past(cache, jnp.asarray(start, jnp.int32))
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), past)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Returns random parameters, float32; if stacked, kernels of the layers are `[layers, in, out]`."""
@@ -163,7 +186,22 @@ def _apply(config: DecoderConfig, dtype: np.dtype, stacked: bool) -> Callable[[A
 
     @jax.jit  # without it, every call from Python would trace and compile the scan over the layers again
     def apply(params, tokens):
-        tokens = jnp.where(tokens < 0, config.vocab_size, tokens)  # a negative one would count from the end
-        return decoder.apply({"params": params}, tokens)
+        return decoder.apply({"params": params}, _no_negative(tokens, config))
 
     return quantized(apply)
+
+
+@functools.lru_cache(maxsize=32)
+def _decode(config: DecoderConfig, dtype: np.dtype, stacked: bool) -> Callable[..., tuple[jax.Array, Past]]:
+    decoder = Decoder(config, dtype, stacked)
+
+    @jax.jit
+    def decode(params, tokens, past):
+        return decoder.apply({"params": params}, _no_negative(tokens, config), past)
+
+    return quantized(decode)
+
+
+def _no_negative(tokens: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Negative tokens are outside of the vocabulary; a lookup would count them from its end."""
+    return jnp.where(tokens < 0, config.vocab_size, tokens)

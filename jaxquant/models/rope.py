@@ -96,10 +96,10 @@ def _frequencies(rope: Rope, length: int) -> np.ndarray:
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the first features of `x` `[batch, time, heads, head_dim]` by its positions; keeps its dtype.
 
-    `cos` and `sin` are the tables of one rope, `[time, dim / 2]`.
+    `cos` and `sin` are the tables of one rope, `[time, dim / 2]`, or of each sequence, `[batch, time, dim / 2]`.
     """
     rotated, kept = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([rotated, kept], axis=-1) if kept.shape[-1] else rotated
