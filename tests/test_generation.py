@@ -86,8 +86,8 @@ def test_quantized_weights():
 @pytest.mark.parametrize(
     ("spec", "most"),
     [
-        (CacheSpec(8), 0.02),
-        (CacheSpec(4, keys="per_channel", group_size=8, residual=8), 0.3),
+        (CacheSpec(8), 0.05),
+        (CacheSpec(4, keys="per_channel", group_size=8, residual=8), 0.5),
         (CacheSpec(2), np.inf),
     ],
 )

@@ -96,7 +96,7 @@ def check_properties(properties: Any) -> None:
             raise ValueError(f"property {name!r} has the value {value!r}; expected {kind.__name__}")
         if name == "matches":
             try:
-                re.compile(value)
+                re.compile(str(value))
             except re.error as error:
                 raise ValueError(f"property 'matches' has {value!r}, which is no regular expression: {error}") from None
 

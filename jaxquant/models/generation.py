@@ -99,10 +99,10 @@ def generate(
     if on_tokens is None:
         state = _go_on(run, params, state, jnp.int32(max_new_tokens))
     else:
-        while not on_tokens(np.asarray(state.out[:, state.count - 1])):
-            if state.count == max_new_tokens or state.done.all():
+        while not on_tokens(np.asarray(state.out[:, state.written - 1])):
+            if state.written == max_new_tokens or state.done.all():
                 break
-            state = _go_on(run, params, state, state.count + 1)
+            state = _go_on(run, params, state, state.written + 1)
     return [[int(token) for token in row if token >= 0] for row in np.asarray(state.out)]
 
 
@@ -139,11 +139,11 @@ class _Static(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The loop's: `out` int32 `[batch, room]` is -1 where nothing was written; `count` columns of it were."""
+    """The loop's: `out` int32 `[batch, room]` is -1 where nothing was written; `written` columns of it were."""
 
     past: Past
     out: jax.Array
-    count: jax.Array
+    written: jax.Array
     done: jax.Array
     keys: jax.Array
 
@@ -163,19 +163,19 @@ def _go_on(run: _Static, params, state: _State, until) -> _State:
     """The state after `until` tokens, or once all prompts are done."""
 
     def step(state: _State) -> _State:
-        last = lax.dynamic_slice_in_dim(state.out, state.count - 1, 1, 1)
+        last = lax.dynamic_slice_in_dim(state.out, state.written - 1, 1, 1)
         logits, past = run.model.decode(params, jnp.maximum(last, 0), state.past)  # done ones go on with anything
         return _written(run, logits, state._replace(past=past))
 
-    return lax.while_loop(lambda state: (state.count < until) & ~state.done.all(), step, state)
+    return lax.while_loop(lambda state: (state.written < until) & ~state.done.all(), step, state)
 
 
 def _written(run: _Static, logits: jax.Array, state: _State) -> _State:
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.written)
     chosen = jnp.where(state.done, -1, choose(logits, keys, run.sampling))
     done = state.done | jnp.isin(chosen, jnp.array(run.stop_tokens, jnp.int32))
-    out = lax.dynamic_update_slice_in_dim(state.out, chosen[:, None], state.count, 1)
-    return state._replace(out=out, count=state.count + 1, done=done)
+    out = lax.dynamic_update_slice_in_dim(state.out, chosen[:, None], state.written, 1)
+    return state._replace(out=out, written=state.written + 1, done=done)
 
 
 def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:

@@ -62,6 +62,7 @@ class CacheSpec:
     @property
     def value_spec(self) -> QuantSpec:
         """The codes of values, and of per_token keys."""
+        assert self.bits is not None  # where nothing is rounded, nobody asks
         return QuantSpec(bits=self.bits, symmetric=self.symmetric, granularity="per_token")
 
     @property
@@ -69,6 +70,7 @@ class CacheSpec:
         """The codes of keys."""
         if self.keys == "per_token":
             return self.value_spec
+        assert self.bits is not None
         return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
 
     def stored(self, length):
@@ -79,7 +81,7 @@ class CacheSpec:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "recent_keys", "recent_values", "length"],
+    data_fields=["rounded", "recent_keys", "recent_values", "length"],
     meta_fields=["spec"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +89,13 @@ class KVCache:
     """The keys and values of one attention layer. A pytree; caches of several layers can be stacked.
 
     Attributes:
-      keys, values: QTensors `[batch, tokens, kv_heads, head_dim]`; None if nothing is rounded.
+      rounded: keys and values of the oldest tokens, `[batch, tokens, kv_heads, head_dim]`; None if nothing is rounded.
       recent_keys, recent_values: float `[batch, ring, kv_heads, head_dim]`: token t lies at `t % ring`.
       length: int32 `[]`, tokens held.
       spec: static.
     """
 
-    keys: QTensor | None
-    values: QTensor | None
+    rounded: tuple[QTensor, QTensor] | None
     recent_keys: jax.Array
     recent_values: jax.Array
     length: jax.Array
@@ -103,7 +104,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens that there is room for, or a few more."""
-        return self.recent_keys.shape[-3] + (0 if self.keys is None else self.keys.shape[-3])
+        return self.recent_keys.shape[-3] + (0 if self.rounded is None else self.rounded[0].shape[-3])
 
     @property
     def nbytes(self) -> int:
@@ -119,20 +120,19 @@ def empty_cache(spec: CacheSpec, batch: int, capacity: int, kv_heads: int, head_
 
     length = jnp.zeros((), jnp.int32)
     if spec.bits is None:
-        return KVCache(None, None, zeros(capacity), zeros(capacity), length, spec)
+        return KVCache(None, zeros(capacity), zeros(capacity), length, spec)
     tokens = max(-(-(capacity - spec.residual) // spec.step), 1) * spec.step
     ring = zeros(spec.residual + spec.step)
-    return KVCache(_rounded_keys(zeros(tokens), spec), _rounded_values(zeros(tokens), spec), ring, ring, length, spec)
+    return KVCache(_rounded(zeros(tokens), zeros(tokens), spec), ring, ring, length, spec)
 
 
 def fill(cache: KVCache, keys: jax.Array, values: jax.Array) -> KVCache:
     """Puts the first tokens, `[batch, time, kv_heads, head_dim]`, into an empty cache that has room for them."""
     spec, ring, time = cache.spec, cache.recent_keys.shape[1], keys.shape[1]
-    old = 0 if cache.keys is None else spec.stored(time)
-    if old:
-        rounded = _rounded_keys(keys[:, :old], spec), _rounded_values(values[:, :old], spec)
-        stores = tuple(_put(store, part, 0) for store, part in zip((cache.keys, cache.values), rounded, strict=True))
-        cache = dataclasses.replace(cache, keys=stores[0], values=stores[1])
+    old = 0
+    if cache.rounded is not None and spec.stored(time):
+        old = spec.stored(time)
+        cache = _with_rounded(cache, keys[:, :old], values[:, :old], 0)
     slots = jnp.arange(old, time, dtype=jnp.int32) % ring
     return dataclasses.replace(
         cache,
@@ -152,7 +152,7 @@ def append(cache: KVCache, key: jax.Array, value: jax.Array) -> KVCache:
         recent_values=put(cache.recent_values, value),
         length=cache.length + 1,
     )
-    return cache if cache.keys is None else _move_oldest(cache)
+    return cache if cache.rounded is None else _move_oldest(cache)
 
 
 def _move_oldest(cache: KVCache) -> KVCache:
@@ -167,11 +167,7 @@ def _move_oldest(cache: KVCache) -> KVCache:
     def oldest(recent):
         return lax.dynamic_slice_in_dim(recent, at % ring, spec.step, 1)
 
-    return dataclasses.replace(
-        cache,
-        keys=_put(cache.keys, _rounded_keys(oldest(cache.recent_keys), spec), at, due),
-        values=_put(cache.values, _rounded_values(oldest(cache.recent_values), spec), at, due),
-    )
+    return _with_rounded(cache, oldest(cache.recent_keys), oldest(cache.recent_values), at, due)
 
 
 def read(cache: KVCache) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -182,41 +178,39 @@ def read(cache: KVCache) -> tuple[jax.Array, jax.Array, jax.Array]:
       `[slots]`; -1 marks an empty one.
     """
     ring = cache.recent_keys.shape[1]
-    old = jnp.zeros_like(cache.length) if cache.keys is None else cache.spec.stored(cache.length)
+    old = jnp.zeros_like(cache.length) if cache.rounded is None else cache.spec.stored(cache.length)
     slots = jnp.arange(ring, dtype=jnp.int32)
     recent = old + (slots - old) % ring
     positions = jnp.where(recent < cache.length, recent, -1)
-    if cache.keys is None or cache.values is None:
+    if cache.rounded is None:
         return cache.recent_keys, cache.recent_values, positions
-    tokens = jnp.arange(cache.keys.shape[1], dtype=jnp.int32)
+    keys, values = map(dequantize, cache.rounded)
+    tokens = jnp.arange(keys.shape[1], dtype=jnp.int32)
     return (
-        jnp.concatenate([dequantize(cache.keys), cache.recent_keys], 1),
-        jnp.concatenate([dequantize(cache.values), cache.recent_values], 1),
+        jnp.concatenate([keys, cache.recent_keys], 1),
+        jnp.concatenate([values, cache.recent_values], 1),
         jnp.concatenate([jnp.where(tokens < old, tokens, -1), positions]),
     )
 
 
-def _rounded_keys(keys: jax.Array, spec: CacheSpec) -> QTensor:
-    if spec.keys == "per_token":
-        return _rounded_values(keys, spec)
-    return quantize(keys, spec.key_spec, contract=(-3,), out=(-2, -1))
+def _rounded(keys: jax.Array, values: jax.Array, spec: CacheSpec) -> tuple[QTensor, QTensor]:
+    axes = {"contract": (-1,), "out": ()} if spec.keys == "per_token" else {"contract": (-3,), "out": (-2, -1)}
+    return quantize(keys, spec.key_spec, **axes), quantize(values, spec.value_spec, contract=(-1,), out=())
 
 
-def _rounded_values(values: jax.Array, spec: CacheSpec) -> QTensor:
-    return quantize(values, spec.value_spec, contract=(-1,), out=())
+def _with_rounded(cache: KVCache, keys: jax.Array, values: jax.Array, at, due: bool | jax.Array = True) -> KVCache:
+    """The cache with these tokens, rounded, from token `at` of its store on; as it was, if that is not due.
 
-
-def _put(store: QTensor, part: QTensor, at: int | jax.Array, due: bool | jax.Array = True) -> QTensor:
-    """`store` with `part` from token `at` on if that is due, else as it was.
-
-    Every array of both has the tokens, or groups or bytes of them, along axis 1.
+    Every array of a store has the tokens, or groups or bytes of them, along axis 1.
     """
-    tokens = store.shape[1]
+    assert cache.rounded is not None
+    tokens = cache.rounded[0].shape[1]
 
     def put(whole, piece):
         start = at * whole.shape[1] // tokens
         before = lax.dynamic_slice_in_dim(whole, start, piece.shape[1], 1)
         return lax.dynamic_update_slice_in_dim(whole, jnp.where(due, piece, before), start, 1)
 
-    leaves, tree = jax.tree.flatten(store)
-    return tree.unflatten(list(map(put, leaves, jax.tree.leaves(part))))
+    leaves, tree = jax.tree.flatten(cache.rounded)
+    parts = jax.tree.leaves(_rounded(keys, values, cache.spec))
+    return dataclasses.replace(cache, rounded=jax.tree.unflatten(tree, list(map(put, leaves, parts))))
