@@ -7,12 +7,13 @@ shapes alone, so it can be told, and tested, without the hardware.
 
 import jax
 
-from jaxquant.kernels import cpu, int8, mixed, mosaic_gpu, reference, xla
+from jaxquant.kernels import cpu, int8, mixed, mosaic_gpu, mosaic_tpu, reference, xla
 from jaxquant.numerics.qtensor import QTensor
 
 IMPLEMENTATIONS = {  # the first that does not decline is taken
     "mixed": mixed,
     "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
     "cpu": cpu,
     "int8": int8,
     "xla": xla,

@@ -102,19 +102,12 @@ def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=None) -> jax.Array:
         sums = jnp.sum(x.reshape(len(x), -1, group), -1, dtype=jnp.float32)
         shifts = scale.astype(jnp.float32) * zero.astype(jnp.float32)
         out -= jnp.matmul(sums, shifts, precision=lax.Precision.HIGHEST)
-    return _varying_as((x, q), out.astype(dtype).reshape(len(x), *q.values.shape[:-1]))
+    return reference.varying_as((x, q), out.astype(dtype).reshape(len(x), *q.values.shape[:-1]))
 
 
 def cut(tiles: GpuTiles, group: int) -> GpuTiles:
     """The tiles with steps along K that do not cross from one group of input channels to the next."""
     return dataclasses.replace(tiles, tile_k=math.gcd(tiles.tile_k, group))
-
-
-def _varying_as(operands, out: jax.Array) -> jax.Array:
-    """The result of a kernel, which inside `shard_map` does not know over which axes of a mesh it varies."""
-    axes = {axis for a in jax.tree.leaves(operands) for axis in jax.typeof(a).manual_axis_type.varying}
-    missing = tuple(sorted(axes - jax.typeof(out).manual_axis_type.varying))
-    return lax.pcast(out, missing, to="varying") if missing else out
 
 
 def _by_group(a: jax.Array) -> jax.Array:

@@ -70,3 +70,10 @@ def ragged_matmul(x: jax.Array, q: QTensor, groups: jax.Array, preferred_element
     )
     x = round_input(divide_channels(x, channels), static, activations)
     return lax.ragged_dot(x, scaled_dense(q).astype(q.dtype), groups, precision, preferred_element_type)
+
+
+def varying_as(operands, out: jax.Array) -> jax.Array:
+    """The result of a kernel, which inside `shard_map` does not know over which axes of a mesh it varies."""
+    axes = {axis for a in jax.tree.leaves(operands) for axis in jax.typeof(a).manual_axis_type.varying}
+    missing = tuple(sorted(axes - jax.typeof(out).manual_axis_type.varying))
+    return lax.pcast(out, missing, to="varying") if missing else out

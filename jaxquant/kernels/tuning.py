@@ -65,3 +65,94 @@ def gpu_tiles(chip: str, tokens: int, outputs: int) -> GpuTiles | None:
     """
     rows = GPU_TILES[chip]
     return next((tiles for most, tiles in rows if tokens <= most and outputs % tiles.tile_n == 0), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuTiles:
+    """How a Mosaic TPU kernel cuts a product.
+
+    Attributes:
+      tile_m: tokens of a tile.
+      tile_n: outputs of a tile.
+      tile_k: input channels whose weights are loaded at a time.
+      memory: bytes of fast memory for it all; `tpu_tiles` fills it in.
+    """
+
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    memory: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuChip:
+    """What a kernel is cut for.
+
+    Attributes:
+      memory: bytes of fast memory (VMEM) that a program may use.
+      depth: input channels that the matrix unit takes at a time; for shorter groups it is not filled.
+      integers: whether it multiplies int8.
+    """
+
+    memory: int
+    depth: int
+    integers: bool
+
+
+TPU_LANES = 128  # numbers in a row of a register
+_MIB = 2**20
+TPU_CHIPS = {  # a quarter of the memory is left to the compiler; None is what all of them have
+    "v4": TpuChip(12 * _MIB, 128, False),
+    "v5e": TpuChip(96 * _MIB, 128, True),
+    "v5p": TpuChip(48 * _MIB, 128, True),
+    "v6e": TpuChip(96 * _MIB, 256, True),
+    "tpu7x": TpuChip(48 * _MIB, 256, False),
+    None: TpuChip(12 * _MIB, 128, False),
+}
+# The largest tiles; of those that fit in memory, the first are taken. None was timed on a chip: they rank first by the
+# cycles that the compiler estimates (benchmarks/tpu_cycles.py). Wide tiles with all of K take few steps, each of which
+# costs about 0.35 µs; many tokens read the weights again for each tile of them.
+_TPU = (
+    TpuTiles(tile_m=512, tile_n=1024, tile_k=8192),
+    TpuTiles(tile_m=256, tile_n=1024, tile_k=4096),
+    TpuTiles(tile_m=128, tile_n=512, tile_k=4096),
+    TpuTiles(tile_m=64, tile_n=512, tile_k=2048),
+    TpuTiles(tile_m=32, tile_n=256, tile_k=2048),
+    TpuTiles(tile_m=32, tile_n=128, tile_k=512),
+)
+TPU_TILES = dict.fromkeys(TPU_CHIPS, _TPU)
+
+
+def tpu_tiles(
+    chip: str | None, tokens: int, channels: int, outputs: int, group: int, bits: int, rounded: bool
+) -> TpuTiles | None:
+    """The tiles for a product; None where fast memory has no room for any.
+
+    Args:
+      chip: a key of `TPU_CHIPS`.
+      tokens, channels, outputs: M, K and N; the last two multiples of 128.
+      group: input channels of which a tile must hold a multiple, itself one of 128.
+      bits: of a weight in memory, 4 or 8.
+      rounded: whether the kernel rounds the input, which may then be float32.
+    """
+
+    def cut(tiles: TpuTiles) -> TpuTiles:
+        tile_m = _even(tokens, tiles.tile_m, 32 if rounded else 16)
+        tile_n = _even(outputs, tiles.tile_n, TPU_LANES)
+        tile_k = max(
+            t for t in range(group, channels + 1, group) if channels % t == 0 and t <= max(tiles.tile_k, group)
+        )
+        loaded = tile_m * channels * (4 if rounded else 2) + tile_k * tile_n * bits // 8 + tile_m * tile_n * 4
+        qparams = tile_k // group * tile_n * (4 + 1)
+        summed = tile_m * tile_n * 4
+        chunk = max(group, 512) * tile_n * 4
+        kept = tile_m * channels * rounded + qparams * 16 + summed
+        return TpuTiles(tile_m, tile_n, tile_k, 2 * (loaded + qparams) + kept + summed + chunk + 2 * _MIB)
+
+    return next((t for t in map(cut, TPU_TILES[chip]) if t.memory <= TPU_CHIPS[chip].memory), None)
+
+
+def _even(size: int, most: int, unit: int) -> int:
+    """Of equal tiles, multiples of `unit`, and no larger than `most`, as few as cover `size`: how large they are."""
+    count = -(-size // most)
+    return -(-size // (count * unit)) * unit

@@ -196,15 +196,20 @@ def _range_to_scale(w, spec, n_out, scale_dtype):
     low, high = _extremes(w, spec, n_out)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     half = jnp.maximum(-low, high) if spec.symmetric else high * 0.5 - low * 0.5  # the whole could overflow
-    smallest = max(float(jnp.finfo(scale_dtype).smallest_subnormal), float(jnp.finfo(w.dtype).tiny))
-    largest = min(float(jnp.finfo(d).max) for d in (scale_dtype, w.dtype))
-    scale = jnp.clip(half * _two_over_steps(spec, w.dtype), smallest, largest)
-    scale = jnp.where(half > 0, scale, jnp.ones_like(scale)).astype(scale_dtype)
+    scale = half_range_to_scale(half, spec, scale_dtype)
     if spec.symmetric:
         return scale, jnp.zeros(scale.shape, w.dtype)
     min_code, max_code = _limits(spec, w.dtype)
     zero = jnp.round(min_code - low * (1 / scale.astype(w.dtype)))
     return scale, jnp.clip(zero, min_code, max_code)
+
+
+def half_range_to_scale(half: jax.Array, spec: QuantSpec, scale_dtype) -> jax.Array:
+    """The scale, rounded to its storage dtype, of ranges of which `half` (max|x| if symmetric) is half the width."""
+    smallest = max(float(jnp.finfo(scale_dtype).smallest_subnormal), float(jnp.finfo(half.dtype).tiny))
+    largest = min(float(jnp.finfo(d).max) for d in (scale_dtype, half.dtype))
+    scale = jnp.clip(half * _two_over_steps(spec, half.dtype), smallest, largest)
+    return jnp.where(half > 0, scale, jnp.ones_like(scale)).astype(scale_dtype)
 
 
 def _two_over_steps(spec, dtype):
