@@ -39,6 +39,7 @@ from jaxquant.transforms.quantize import quantize_params as quantize_params
 from jaxquant.transforms.quantized import quantized as quantized
 from jaxquant.transforms.report import LayerReport as LayerReport
 from jaxquant.transforms.report import Report as Report
+from jaxquant.transforms.training.convert import convert as convert
 from jaxquant.transforms.training.fake_quantized import fake_quantized as fake_quantized
 from jaxquant.transforms.training.schedule import MovingAverage as MovingAverage
 from jaxquant.transforms.training.schedule import Schedule as Schedule

@@ -133,7 +133,7 @@ def fake_quantize_to(x: jax.Array, scale: jax.Array, zero_point: jax.Array | Non
     wide, scale = x.astype(compute_dtype(x.dtype)), scale.astype(compute_dtype(x.dtype))
     zero = jnp.zeros_like(scale) if zero_point is None else _rounded(zero_point.astype(scale.dtype))
     codes = encode(*lax.stop_gradient((wide, scale, zero)), spec).astype(wide.dtype)
-    low, high = _limits(spec, wide.dtype)
+    low, high = code_limits(spec, wide.dtype)
     inside = jnp.clip(wide / scale + zero, low - 0.5, high + 0.5)
     return ((codes + (inside - lax.stop_gradient(inside)) - zero) * scale).astype(x.dtype)
 
@@ -148,7 +148,7 @@ def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: Q
     steps = jnp.round(x.astype(dtype) * (1 / scale.astype(dtype)))
     if zero_point is not None:
         steps += zero_point.astype(dtype)
-    low, high = _limits(spec, dtype)
+    low, high = code_limits(spec, dtype)
     return jnp.clip(steps, low, high).astype(jnp.int8)  # clipped first: float→int casts truncate
 
 
@@ -199,7 +199,7 @@ def _range_to_scale(w, spec, n_out, scale_dtype):
     scale = half_range_to_scale(half, spec, scale_dtype)
     if spec.symmetric:
         return scale, jnp.zeros(scale.shape, w.dtype)
-    min_code, max_code = _limits(spec, w.dtype)
+    min_code, max_code = code_limits(spec, w.dtype)
     zero = jnp.round(min_code - low * (1 / scale.astype(w.dtype)))
     return scale, jnp.clip(zero, min_code, max_code)
 
@@ -219,7 +219,7 @@ def _two_over_steps(spec, dtype):
     return jnp.asarray([2 / (2**bits - 1 - spec.narrow_range) for bits in range(2, 9)], dtype)[spec.bits - 2]
 
 
-def _limits(spec, dtype):
+def code_limits(spec, dtype):
     """The smallest and the largest code, scalars of `dtype`."""
     return jnp.asarray(spec.min_code, dtype), jnp.asarray(spec.max_code, dtype)
 

@@ -78,7 +78,7 @@ class Rounder(Observer):
         ins = dense_values(product.ins)
         if rounding is None:
             return it.bind(product.eqn, ins)
-        if rounding.ranges is not None:
+        if rounding.ranges is not None or rounding.observed:
             why = untracked(product) if it.recorder.keeps else "it decides when a loop ends"
             if why is not None:
                 raise TypeError(f"the product with '{product.view.path}' has no static range of inputs: {why}")
@@ -150,10 +150,13 @@ def _of_product(it, product: Product, lead: tuple[int, ...], a: jax.Array) -> ja
     loops = dict(it.loops)
     for taken in view.leads:
         if taken.factor in factors:
-            at = {"scan": loops.get(taken.loop), "static": taken.at, "traced": None}[taken.how]
-            at = view.index[taken.at] if taken.how == "traced" else at
+            if taken.how == "scan":
+                at = loops[taken.loop]
+            else:
+                at = taken.at if taken.how == "static" else view.index[taken.at]
             place = factors.index(taken.factor)
-            a = lax.dynamic_index_in_dim(a, jnp.clip(at, 0, sizes[place] - 1), place, keepdims=False)
+            at = jnp.clip(jnp.reshape(at, ()), 0, sizes[place] - 1)
+            a = lax.dynamic_index_in_dim(a, at, place, keepdims=False)
             del factors[place], sizes[place]
     rest = [f for f in factors if f not in stack]  # of size 1, or squeezed away
     order = [factors.index(f) for f in (*stack, *rest)]

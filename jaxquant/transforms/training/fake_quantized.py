@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.numerics.activations import round_input
+from jaxquant.numerics.spec import ActivationSpec
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.arguments import Static, is_hashable
 from jaxquant.transforms.recipe import rules_of
@@ -110,7 +111,7 @@ def _init(fn: Callable, settings: _Settings, rest: Static) -> Callable:
         inputs, options = rest.join(arrays)
         program = trace(functools.partial(fn, **options), params, inputs, settings.recipe)
         leaves = {path: jnp.asarray(leaf) for path, leaf in program.leaves}
-        static = {t.path for t in program.weights if t.config.spec.static_activations}
+        static = {t.path for t in program.weights if t.spec.static_activations}
         roundings = {path: Rounding(None, _untouched, None, (), observed=True) for path in static}
         _, seen = _interpreted(program, leaves, roundings)
         found: dict[str, dict] = {}
@@ -122,7 +123,7 @@ def _init(fn: Callable, settings: _Settings, rest: Static) -> Callable:
                 s = seen[t.path]
                 low, high, mean = s.lowest[..., 0], s.highest[..., 0], s.mean_abs[..., 0]
                 if t.learned:
-                    found[t.path] |= ranges.initial_input_ranges(low, high, mean, t.config.spec.activations.spec)
+                    found[t.path] |= ranges.initial_input_ranges(low, high, mean, t)
                 else:
                     observed[t.path] = {"lowest": low, "highest": high, "seen": s.count}
         settled = max(settings.schedule.settled, settings.observer.start if observed else 0)
@@ -143,11 +144,8 @@ def _compiled(fn: Callable, settings: _Settings) -> Callable:
         _check(program, state)
         step = None if state is None else state.step
         leaves = _rounded_leaves(program, settings, state, step)
-        roundings = {
-            t.path: _rounding(t, settings, state, step)
-            for t in program.weights
-            if t.config.spec.activations is not None
-        }
+        rounded = [(t, t.spec.activations) for t in program.weights]
+        roundings = {t.path: _rounding(t, a, settings, state, step) for t, a in rounded if a is not None}
         result, seen = _interpreted(program, leaves, roundings)
         return result, None if state is None else _next(state, seen, settings)
 
@@ -159,7 +157,7 @@ _compiled_once = functools.lru_cache(maxsize=64)(_compiled)
 
 def _check(program: Program, state: QATState | None) -> None:
     for t in program.weights if state is None else ():
-        if t.learned or t.config.spec.static_activations:
+        if t.learned or t.spec.static_activations:
             what = "learned ranges" if t.learned else "a static range of inputs"
             raise ValueError(f"'{t.path}' has {what}: call apply(params, state, ...) with a state from init")
     if state is not None and state.weights != program.weights:
@@ -169,7 +167,7 @@ def _check(program: Program, state: QATState | None) -> None:
 def _rounded_leaves(program: Program, settings: _Settings, state, step) -> dict[str, Any]:
     leaves = dict(program.leaves)
     for t in program.weights:
-        w, spec, strength = jnp.asarray(leaves[t.path]), t.config.spec, None
+        w, spec, strength = jnp.asarray(leaves[t.path]), t.spec, None
         if step is not None:
             spec, strength = settings.schedule.spec(spec, step), settings.schedule.strength(step)
         own = {} if state is None else at(state.ranges, t.path)
@@ -181,36 +179,35 @@ def _rounded_leaves(program: Program, settings: _Settings, state, step) -> dict[
     return leaves
 
 
-def _rounding(t: Taken, settings: _Settings, state, step) -> Rounding:
-    activations = t.config.spec.activations
+def _rounding(t: Taken, activations: ActivationSpec, settings: _Settings, state, step) -> Rounding:
     strength = None if step is None else settings.schedule.strength(step)
-    if not activations.static:
+    if activations.static:
+        return _static(t, activations, settings, state, strength)
 
-        def dynamic(rows, _):
-            return mixed(rows, round_input(rows, None, activations), strength)
+    def dynamic(rows, _):
+        return mixed(rows, round_input(rows, None, activations), strength)
 
-        return Rounding(activations, dynamic, None, t.lead, observed=False)
+    return Rounding(activations, dynamic, None, t.lead, observed=False)
+
+
+def _static(t: Taken, activations: ActivationSpec, settings: _Settings, state: QATState, strength) -> Rounding:
     if t.learned:
-        found, seen = at(state.ranges, t.path), None
-        qparams = ranges.learned_input_qparams(t, found, found["input_scale"].dtype)
-    else:
-        seen = at(state.observed, t.path)
-        qparams = ranges.input_qparams(seen["lowest"], seen["highest"], activations.spec, seen["lowest"].dtype)
-        if settings.observer.start:
-            waited = (step >= settings.observer.start).astype(jnp.float32)
-            strength = waited if strength is None else waited * strength
+        qparams = ranges.learned_input_qparams(t, at(state.ranges, t.path))
+        run = lambda rows, qparams: mixed(rows, round_input(rows, qparams, activations), strength)  # noqa: E731
+        return Rounding(t.path, run, qparams, t.lead, observed=False)
+    seen = at(state.observed, t.path)
+    qparams = ranges.input_qparams(seen["lowest"], seen["highest"], activations.spec, t.scale_dtype)
+    if settings.observer.start:
+        begun = (state.step >= settings.observer.start).astype(jnp.float32)
+        strength = begun if strength is None else begun * strength
+    own = dataclasses.replace(activations, static=False)
 
-    def static(rows, of_product):
-        qparams, unseen = of_product
-        rounded = round_input(rows, qparams, activations)
-        if unseen is not None:  # as of experts that have had no token yet
-            rounded = jnp.where(
-                unseen, round_input(rows, None, dataclasses.replace(activations, static=False)), rounded
-            )
+    def observed(rows, of_product):
+        qparams, unseen = of_product  # as experts are that have had no token yet
+        rounded = jnp.where(unseen, round_input(rows, None, own), round_input(rows, qparams, activations))
         return mixed(rows, rounded, strength)
 
-    unseen = None if seen is None else seen["seen"] == 0
-    return Rounding(t.path, static, (qparams, unseen), t.lead, observed=seen is not None)
+    return Rounding(t.path, observed, (qparams, seen["seen"] == 0), t.lead, observed=True)
 
 
 def _interpreted(program: Program, leaves: dict[str, Any], roundings: dict[str, Rounding]):

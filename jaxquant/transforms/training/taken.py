@@ -4,11 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.methods.lsq import LSQ
 from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.recipe import name_of, resolve
 from jaxquant.transforms.tracing import interpreter
 from jaxquant.transforms.tracing.assemble import used_axes
@@ -22,15 +24,28 @@ class Taken:
     Attributes:
       path: in the parameter tree.
       config: `RTN` or `LSQ`.
-      shape: of the weight.
+      shape, dtype: of the weight.
       contract, out: its axes' roles, negative and ascending.
+      multiplied: whether products consume it; rows of an embedding are only looked up.
     """
 
     path: str
     config: Any
     shape: tuple[int, ...]
+    dtype: str
     contract: tuple[int, ...]
     out: tuple[int, ...]
+    multiplied: bool
+
+    @property
+    def spec(self) -> QuantSpec:
+        """Its codes, and those of its inputs if it has any."""
+        return self.config.spec if self.multiplied else dataclasses.replace(self.config.spec, activations=None)
+
+    @property
+    def scale_dtype(self) -> np.dtype:
+        """Of its scales, as a QTensor keeps them."""
+        return jnp.dtype(self.spec.scale_dtype or self.dtype)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -94,20 +109,16 @@ def trace(fn, params: Any, inputs: tuple, recipe: Any) -> Program:
                 f"the weight '{path}' cannot be trained with rounded numbers: {notes[path]}. Leave it out by a rule "
                 f"({path!r}, None) in front"
             )
-    weights = [_taken(path, config, shapes[path], products.get(path)) for path, config in found.items()]
+    weights = [_taken(path, config, own[path], products.get(path)) for path, config in found.items()]
     return Program(closed, structure, leaves, arrays, tuple(weights))
 
 
-def _taken(path: str, config: Any, shape: tuple[int, ...], product) -> Taken:
+def _taken(path: str, config: Any, leaf, product) -> Taken:
     _check(path, config)
-    ndim = len(shape)
-    if product is None:  # rows that are looked up: no inputs to round
-        spec = dataclasses.replace(config.spec, activations=None)
-        config = dataclasses.replace(config, spec=spec)
-        taken = Taken(path, config, shape, (-1,), tuple(range(-ndim, -1)))
-    else:
-        contract, out = (tuple(a - ndim for a in axes) for axes in product[:2])
-        taken = Taken(path, config, shape, contract, out)
+    ndim = np.ndim(leaf)
+    axes = (ndim - 1,), tuple(range(ndim - 1))  # of rows that are looked up
+    contract, out = (tuple(a - ndim for a in axes) for axes in (axes if product is None else product[:2]))
+    taken = Taken(path, config, np.shape(leaf), jnp.dtype(leaf.dtype).name, contract, out, product is not None)
     try:
         config.spec.num_groups(taken.channels)
     except ValueError as error:

@@ -1,0 +1,240 @@
+"""Learned and observed ranges, schedules, and what becomes of them when they are converted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import assert_same, quick_compilation  # noqa: F401
+from functions import CASES, normal
+
+from jaxquant.methods.lsq import LSQ
+from jaxquant.methods.rtn import RTN
+from jaxquant.numerics.affine import dequantize, fake_quantize, quantize
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.spec import ActivationSpec, QuantSpec, int4, int8
+from jaxquant.transforms.quantized import quantized
+from jaxquant.transforms.training.convert import convert
+from jaxquant.transforms.training.fake_quantized import fake_quantized
+from jaxquant.transforms.training.schedule import MovingAverage, Schedule
+
+STATIC = ActivationSpec(static=True)
+ZERO = ActivationSpec(static=True, symmetric=False)
+DYNAMIC = ActivationSpec(symmetric=False)
+RECIPES = {
+    "rtn": RTN(int4(group_size=8, symmetric=False, activations=DYNAMIC)),
+    "rtn, static": RTN(int8(activations=ZERO)),
+    "lsq": LSQ(int4(group_size=8)),
+    "lsq, zero points, static": LSQ(int4(group_size=8, symmetric=False, activations=ZERO)),
+    "lsq, static": LSQ(QuantSpec(bits=3, granularity="per_tensor", scale_dtype="bfloat16", activations=STATIC)),
+}
+FUNCTIONS = {
+    "scan": list(RECIPES),
+    "experts_ragged": ["rtn, static", "lsq, zero points, static"],
+    "take_layers": ["lsq, static"],
+    "heads_in_another_order": ["lsq, zero points, static"],
+}
+
+
+def moved(tree, size=0.01):
+    """The tree, as after a step of training."""
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda a: a * (1 + size * jnp.asarray(rng.normal(size=a.shape), a.dtype)), tree)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_converted_outputs_are_those_it_was_trained_with(name):
+    case = CASES[name]
+    first, second = case.batches()
+    for label in FUNCTIONS[name]:
+        run, params = fake_quantized(case.apply, RECIPES[label]), case.params()
+        state = run.init(params, first)
+        _, state = run.apply(params, state, first)
+        state = dataclasses.replace(state, ranges=moved(state.ranges))
+        want, _ = run.apply(params, state, second)
+        qparams = convert(params, state, RECIPES[label])
+        for q in filter(is_qtensor, jax.tree.leaves(qparams, is_leaf=is_qtensor)):
+            q.validate()
+        assert_same(quantized(case.apply)(qparams, second), want)
+
+
+# ------------------------------------------------------------------------------------------------------------------ LSQ
+
+
+def lsq_by_hand(x, scale, zero, bits, cotangent, count):
+    """What x stands for, and the gradients of x and (one for all of x) of the scale and the zero point, by the papers'
+    formulas with a range that passes half a step beyond the codes."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    steps, share = x / scale + zero, 1 / np.sqrt(count * high)
+    codes = np.clip(np.round(x / scale) + zero, low, high)
+    inside = (steps >= low - 0.5) & (steps <= high + 0.5)
+    of_scale = np.where(inside, codes - steps, codes - zero)
+    of_zero = np.where(inside, 0, -scale)
+    return (codes - zero) * scale, cotangent * inside, share * cotangent * of_scale, share * cotangent * of_zero
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_are_those_of_the_papers(symmetric, float64):
+    rng = np.random.default_rng(0)
+    w, x, g = rng.normal(size=(6, 5)), rng.normal(size=(4, 6)), rng.normal(size=(4, 5))
+    activations = ActivationSpec(bits=4, static=True, symmetric=symmetric)
+    run = fake_quantized(lambda p, x: x @ p["w"], LSQ(QuantSpec(bits=3, symmetric=symmetric, activations=activations)))
+    state = run.init({"w": jnp.asarray(w)}, jnp.asarray(x))
+    ranges = {"w": {k: a * (0.3 if "scale" in k else 1) for k, a in state.ranges["w"].items()}}  # some are clipped
+
+    def loss(w, ranges, x):
+        y, _ = run.apply({"w": w}, dataclasses.replace(state, ranges=ranges), x)
+        return jnp.sum(jnp.asarray(g) * y)
+
+    of_w, of_ranges, of_x = jax.grad(loss, (0, 1, 2))(jnp.asarray(w), ranges, jnp.asarray(x))
+    own = {k: np.asarray(a) for k, a in ranges["w"].items()}
+    zeros = {k: own.get(k, np.zeros(())) for k in ("zero_point", "input_zero_point")}
+    w_args = w, own["scale"], zeros["zero_point"], 3
+    x_args = x, own["input_scale"], zeros["input_zero_point"], 4
+    w_hat, x_hat = lsq_by_hand(*w_args, 0, 1)[0], lsq_by_hand(*x_args, 0, 1)[0]
+    _, want_w, want_scale, want_zero = lsq_by_hand(*w_args, x_hat.T @ g, 6)
+    _, want_x, want_input, want_input_zero = lsq_by_hand(*x_args, g @ w_hat.T, 6)
+    assert np.any(want_w == 0)
+    np.testing.assert_allclose(of_w, want_w, rtol=1e-9)
+    np.testing.assert_allclose(of_x, want_x, rtol=1e-9)
+    np.testing.assert_allclose(of_ranges["w"]["scale"], want_scale.sum(0, keepdims=True), rtol=1e-9)
+    np.testing.assert_allclose(of_ranges["w"]["input_scale"], want_input.sum(), rtol=1e-9)
+    if not symmetric:
+        assert np.any(want_zero != 0)
+        np.testing.assert_allclose(of_ranges["w"]["zero_point"], want_zero.sum(0, keepdims=True), rtol=1e-9)
+        np.testing.assert_allclose(of_ranges["w"]["input_zero_point"], want_input_zero.sum(), rtol=1e-9)
+
+
+def test_ranges_start_where_the_papers_say():
+    w, x = normal(16, 4), normal(5, 3, 16)
+    product = lambda p, x: x @ p["w"]  # noqa: E731
+    spec = int4(group_size=8, activations=STATIC)
+    ranges = fake_quantized(product, LSQ(spec)).init({"w": w}, x).ranges["w"]
+    mean = np.abs(np.asarray(w)).reshape(2, 8, 4).mean(1)
+    np.testing.assert_allclose(ranges["scale"], 2 * mean / np.sqrt(7), rtol=1e-6)
+    np.testing.assert_allclose(LSQ(spec).quantize(w)[0].scale, ranges["scale"], rtol=1e-6)
+    np.testing.assert_allclose(
+        ranges["input_scale"], 2 * np.abs(x).mean() / np.sqrt(127), rtol=0.1
+    )  # some are held out
+    spec = int4(symmetric=False, activations=ZERO)
+    ranges = fake_quantized(product, LSQ(spec)).init({"w": w}, x).ranges["w"]
+    np.testing.assert_allclose(ranges["scale"], (w.max(0) - w.min(0))[None] / 15, rtol=1e-6)
+    np.testing.assert_allclose(ranges["input_scale"], (x.max() - x.min()) / 255, rtol=1e-6)
+    np.testing.assert_allclose(ranges["input_zero_point"], np.round(-128 - x.min() / ranges["input_scale"]))
+
+
+# ------------------------------------------------------------------------------------------------- ranges that are seen
+
+
+def product(params, x):
+    return x @ params["w"]
+
+
+def test_static_ranges_follow_the_inputs_and_begin_late():
+    recipe = RTN(int8(activations=ZERO))
+    run, params = fake_quantized(product, recipe, observer=MovingAverage(0.9, start=2)), {"w": normal(16, 8)}
+    batches = [normal(5, 16, seed=i) * (i + 1) for i in range(4)]
+    state, low, high = run.init(params, batches[0]), batches[0].min(), batches[0].max()
+    weights = dequantize(quantize(params["w"], int8()))
+    assert state.settled == 2
+    for i, x in enumerate(batches):
+        y, state = run.apply(params, state, x)
+        scale = (high - low) / 255
+        zero = jnp.round(-128 - low / scale)
+        rounded = (jnp.clip(jnp.round(x / scale) + zero, -128, 127) - zero) * scale
+        np.testing.assert_allclose(y, (x if i < 2 else rounded) @ weights, atol=2e-5)
+        low, high = 0.9 * low + 0.1 * x.min(), 0.9 * high + 0.1 * x.max()
+        np.testing.assert_allclose(state.observed["w"]["lowest"], low, rtol=1e-5)
+        np.testing.assert_allclose(state.observed["w"]["highest"], high, rtol=1e-5)
+    assert state.step == 4
+
+
+def test_layers_and_experts_have_ranges_of_their_own():
+    case = CASES["experts_ragged"]
+    run, params, (first, second) = fake_quantized(case.apply, RECIPES["rtn, static"]), case.params(), case.batches()
+    state = run.init(params, first)
+    seen = state.observed["up"]["seen"]
+    assert seen.shape == (4,)
+    assert seen[-1] == 0  # this expert has no token
+    assert len(set(np.asarray(state.observed["up"]["highest"])[:3].tolist())) == 3
+    assert jnp.all(jnp.isfinite(run.apply(params, state, second)[0]))
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+
+
+def test_rounding_starts_late_and_is_annealed():
+    spec, w, x = QuantSpec(bits=2), {"w": normal(16, 8)}, normal(5, 16)
+    run = fake_quantized(product, RTN(spec), schedule=Schedule(start=2, anneal=4))
+    state = run.init(w, x)
+    rounded = fake_quantize(w["w"], spec)
+    for i, share in enumerate([0, 0, 0, 0.25, 0.5, 0.75, 1, 1]):
+        y, state = run.apply(w, state, x)
+        np.testing.assert_allclose(y, x @ (w["w"] + share * (rounded - w["w"])), atol=1e-5, err_msg=f"step {i}")
+    assert state.settled == 6
+    np.testing.assert_array_equal(y, x @ rounded)
+    np.testing.assert_array_equal(run(w, x), x @ rounded)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bits_fall_step_by_step(symmetric):
+    schedule = Schedule(bits=[(1, 8), (2, 4)])
+    spec, w, x = QuantSpec(bits=3, symmetric=symmetric), {"w": normal(16, 8)}, normal(5, 16)
+    run, learned = (fake_quantized(product, make(spec), schedule=schedule) for make in (RTN, LSQ))
+    state, other = run.init(w, x), learned.init(w, x)
+    for bits in (8, 4, 3, 3):
+        y, state = run.apply(w, state, x)
+        want = x @ fake_quantize(w["w"], dataclasses.replace(spec, bits=bits))
+        np.testing.assert_allclose(y, want, atol=1e-5, err_msg=f"{bits} bits")
+        y, other = learned.apply(w, other, x)
+        if not symmetric:  # its range is that of the extremes, whatever the bits
+            np.testing.assert_allclose(y, want, atol=0.2 if bits > 3 else 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def trained(recipe=None, **options):
+    w, x = {"w": normal(16, 8)}, normal(5, 16)
+    run = fake_quantized(product, recipe or LSQ(int4()), **options)
+    return w, run.apply(w, run.init(w, x), x)[1]
+
+
+def test_conversion_of_what_is_not_trained_is_refused():
+    recipe, (w, state) = LSQ(int4()), trained()
+    with pytest.raises(ValueError, match=r"state.step=0: no step of training"):
+        convert(w, fake_quantized(product, recipe).init(w, normal(5, 16)), recipe)
+    with pytest.raises(ValueError, match="step=1, but rounding changes until step 5"):
+        convert(w, trained(schedule=Schedule(start=5))[1], recipe)
+    with pytest.raises(ValueError, match=r"'w' was trained as LSQ.* and is given RTN"):
+        convert(w, state, RTN(int4()))
+    with pytest.raises(ValueError, match="the parameters have no 'w'"):
+        convert({"v": w["w"]}, state, recipe)
+    with pytest.raises(ValueError, match="'w': 1 of its weights are not finite"):
+        convert({"w": w["w"].at[0, 0].set(jnp.nan)}, state, recipe)
+    broken = {"w": {"scale": state.ranges["w"]["scale"].at[0, 0].set(jnp.inf)}}
+    with pytest.raises(ValueError, match="'w': 1 of its scale are not finite"):
+        convert(w, dataclasses.replace(state, ranges=broken), recipe)
+
+
+def test_a_state_of_another_recipe_is_refused():
+    w, state = trained()
+    with pytest.raises(ValueError, match="the state is of another recipe"):
+        fake_quantized(product, RTN(int4())).apply(w, state, normal(5, 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule(start=-1), "start=-1 must be a whole number"),
+        (lambda: Schedule(anneal=1.5), "anneal=1.5 must be a whole number"),
+        (lambda: Schedule(bits=[(5, 4), (3, 8)]), r"bits=\(\(5, 4\), \(3, 8\)\) must be pairs"),
+        (lambda: Schedule(bits=[(5, 9)]), "2 to 8 bits"),
+        (lambda: MovingAverage(decay=1.0), "decay=1.0 must be"),
+        (lambda: MovingAverage(start=True), "start=True must be a whole number"),
+    ],
+)
+def test_bad_schedules_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
