@@ -126,6 +126,14 @@ class Checkpoint:
         names = (path.partition("/")[0] for path in parameter_shapes(self.model.config))
         return [name for name in dict.fromkeys(names) if name != "layers"]
 
+    @property
+    def outer_nbytes(self) -> int:
+        """The bytes of the parameters outside of the layers, which must be floats."""
+        if isinstance(self.source, dict):
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(self.outer()))
+        paths = tensor_paths(self.model.config)
+        return sum(self.source.nbytes(name) for name, path in paths.items() if not path.startswith("layers/"))
+
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         """Some rows of the embedding, of a float model."""
         if isinstance(self.source, dict):

@@ -18,9 +18,12 @@ from jaxquant.checkpoints.resumable import Run, resumable_directory
 from jaxquant.evaluation.data import Samples
 from jaxquant.models.names import parameter_shapes
 from jaxquant.parts import ModelParts
+from jaxquant.preflight import Preflight
 from jaxquant.pretrained import SOURCE, Checkpoint, Format
+from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.report import Report, stacked_reports
 from jaxquant.transforms.stream import Predecessors, Stream
+from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 
@@ -49,8 +52,10 @@ class LayerByLayer:
 
     def run(self, path: str | os.PathLike, *, overwrite: bool, resume: bool, progress: Progress) -> Report:
         """Quantizes the model into a directory. Arguments and errors as `quantize_checkpoint`."""
+        stream = self._stream()
+        self._preflight(stream).check(path)
         with resumable_directory(path, self.fingerprint(), overwrite=overwrite, resume=resume) as run:
-            self._quantize_layers(run, progress)
+            self._quantize_layers(run, stream, progress)
             for name in self.checkpoint.outer_names[len(run.notes) - self._count :]:
                 self._copy(run, name)
             run.index()
@@ -81,31 +86,51 @@ class LayerByLayer:
     def _parts(self) -> ModelParts:
         return ModelParts(self.checkpoint.model, self.format)
 
-    def _quantize_layers(self, run: Run, progress: Progress) -> None:
+    def _stream(self) -> Stream:
+        apply, masks = self.checkpoint.model.blocks.apply, [batch.real for batch in self._batches]
+        return Stream(apply, self.rules, None, masks=masks, predecessors=self.predecessors)
+
+    def _preflight(self, stream: Stream) -> Preflight:
+        layer, tokens, activations, calibration = self._layer(0), 0, 0, None
+        if self.samples is not None:
+            batch, tokens = self._batches[0], self.samples.tokens.size
+            x = self._embedded(batch)
+            activations = x.nbytes * tokens // batch.tokens.size
+            calibration = stream.prepare(layer, x, batch.real)
+        leaves = {path: leaf for path, leaf in named_leaves(layer) if path != "windows"}
+        weights = {path for path, leaf in leaves.items() if is_matrix(leaf)}
+        return Preflight(
+            leaves,
+            resolve(self.rules, leaves, weights),
+            self._count,
+            self.checkpoint.outer_nbytes,
+            activations,
+            tokens,
+            1 + (self.predecessors == "quantized"),
+            calibration,
+        )
+
+    def _quantize_layers(self, run: Run, stream: Stream, progress: Progress) -> None:
         """Quantizes and writes the layers that are not done yet."""
-        first, blocks = len(run.notes), self.checkpoint.model.blocks
+        first = len(run.notes)
         if first >= self._count:
             return
 
         def calibrating(done: int, total: int) -> None:
             progress("calibrating", len(run.notes) * total + done, self._count * total)
 
-        stream = Stream(
-            blocks.apply,
-            self.rules,
-            self._inputs(run),
-            masks=[batch.real for batch in self._batches],
-            predecessors=self.predecessors,
-            progress=calibrating,
-        )
+        stream.inputs = self._inputs(run)
         for layer in range(first, self._count):
-            self._quantize_layer(run, stream, layer)
+            self._quantize_layer(run, stream, layer, calibrating)
             progress("quantizing", layer + 1, self._count)
 
-    def _quantize_layer(self, run: Run, stream: Stream, layer: int) -> None:
-        last = layer + 1 == self._count
+    def _layer(self, layer: int) -> dict[str, Any]:
         windows = {"windows": self.checkpoint.model.blocks.windows[layer : layer + 1]}
-        tree, report = stream.quantize(self.checkpoint.layers(range(layer, layer + 1)) | windows, last=last)
+        return self.checkpoint.layers(range(layer, layer + 1)) | windows
+
+    def _quantize_layer(self, run: Run, stream: Stream, layer: int, progress: Callable[[int, int], None]) -> None:
+        last = layer + 1 == self._count
+        tree, report = stream.quantize(self._layer(layer), last=last, progress=progress)
         state = {} if stream.inputs is None or last else {f"{i:06d}": x for i, x in enumerate(stream.inputs)}
         run.add(functools.partial(self._write_layer, layer, {"layers": tree["layers"]}, report), state)
 
@@ -116,12 +141,13 @@ class LayerByLayer:
         if run.notes:
             state = run.state()
             return [jnp.asarray(state.pop(name)) for name in sorted(state)]
-        embed = self.checkpoint.model.blocks.embed
-        inputs = []
-        for tokens, _ in self._batches:
-            distinct, places = np.unique(tokens, return_inverse=True)  # not the whole embedding, which may be large
-            inputs.append(embed(jnp.asarray(self.checkpoint.rows(distinct)), jnp.asarray(places.reshape(tokens.shape))))
-        return inputs
+        return [self._embedded(batch) for batch in self._batches]
+
+    def _embedded(self, batch: Samples) -> jax.Array:
+        """The input of the first layer."""
+        rows = self.checkpoint.rows(batch.tokens.reshape(-1))  # not the whole embedding, which may be large
+        places = np.arange(batch.tokens.size, dtype=np.int32).reshape(batch.tokens.shape)
+        return self.checkpoint.model.blocks.embed(jnp.asarray(rows), jnp.asarray(places))
 
     def _write_layer(self, layer: int, params: Mapping[str, Any], report: Report, directory: Path) -> dict[str, Any]:
         note = self._parts.write_layer(directory, layer, params)

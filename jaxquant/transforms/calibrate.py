@@ -120,10 +120,15 @@ class Calibration:
             raise ValueError("calibration needs at least one batch, but `batches` is empty")
         return _finish(used, total), results
 
+    def prepare(self, params: Any, batch: Any, real: jax.Array | None) -> MemoryEstimate:
+        """Compiles what runs for batches of one kind, and returns what it will allocate. Errors as `calibrate`."""
+        return self._program((_kind(params), *_kind((batch, real))), params, batch, real, begun=False).needed
+
     def _program(self, key: tuple, params, batch, real: jax.Array | None, begun: bool) -> "_Program":
         if key not in self._programs:
             program = _Program(self._fn, params, batch, real, self._recipe, self._keep_results)
-            memory.ensure_fits(program.memory(params, batch, real, begun), params)
+            program.needed = program.memory(params, batch, real, begun)
+            memory.ensure_fits(program.needed, params)
             self._programs[key] = program
         return self._programs[key]
 
@@ -146,6 +151,8 @@ def _tokens(batch, real) -> int:
 
 class _Program:
     """The model function, interpreted and compiled for one kind of batch."""
+
+    needed: MemoryEstimate
 
     def __init__(self, fn, params, batch, real, recipe, keep_results=False):
         closed, structure, leaves, arrays = interpreter.trace(fn, params, (batch,))

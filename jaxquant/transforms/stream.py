@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Calibration, Statistics
+from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.quantize import needed_memory, plan, run_jobs
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.tracing.interpreter import named_leaves
@@ -26,7 +27,8 @@ class Stream:
     Beside one block and its statistics, `inputs` are in memory: all that has to be kept to go on with later.
 
     Attributes:
-      inputs: the next block's input for each batch; None without calibration. `quantize` replaces them.
+      inputs: the next block's input for each batch; None without calibration. `quantize` replaces them, and they may
+        be set, to go on where another stream has ended.
     """
 
     def __init__(
@@ -37,7 +39,6 @@ class Stream:
         *,
         masks: Sequence[Any] | None = None,
         predecessors: Predecessors = "quantized",
-        progress: Progress | None = None,
     ):
         """Prepares to quantize blocks.
 
@@ -47,7 +48,6 @@ class Stream:
           inputs: of the block that comes next, for each batch. None for methods that need no statistics.
           masks: for each batch, which positions are tokens, as for `calibrate`. None: all of them.
           predecessors: what made the inputs.
-          progress: called with (batches done, batches in all) in the calibration of each block.
 
         Raises:
           ValueError: `predecessors` is neither.
@@ -55,19 +55,23 @@ class Stream:
         if predecessors not in get_args(Predecessors):
             raise ValueError(f"predecessors={predecessors!r} is not one of {', '.join(get_args(Predecessors))}")
         self.inputs = None if inputs is None else list(inputs)
-        masks = [None] * len(inputs or ()) if masks is None else masks
-        self._masks = [None if real is None else jnp.asarray(real, bool) for real in masks]
-        self._fn, self._recipe, self._progress = fn, recipe, progress
+        self._masks = None if masks is None else [None if m is None else jnp.asarray(m, bool) for m in masks]
+        self._fn, self._recipe = fn, recipe
         self._through_float = predecessors == "float"
         self._calibration = Calibration(fn, recipe, keep_results=self._through_float)
         self._announced = False
 
-    def quantize(self, params: Any, *, last: bool = False) -> tuple[Any, Report]:
+    def prepare(self, params: Any, x: Any, real: Any = None) -> MemoryEstimate:
+        """What `calibrate` takes for one block: its parameters, an input of it, and its mask."""
+        return self._calibration.prepare(params, x, None if real is None else jnp.asarray(real, bool))
+
+    def quantize(self, params: Any, *, last: bool = False, progress: Progress | None = None) -> tuple[Any, Report]:
         """Quantizes the next block.
 
         Args:
           params: its parameters, like those of the others in structure and shapes.
           last: no other follows, so `inputs` need not be replaced.
+          progress: called with (batches done, batches in all) in calibration.
 
         Returns:
           The tree and the report, as `quantize_params`.
@@ -75,7 +79,7 @@ class Stream:
         Raises:
           ValueError: as `calibrate` and `quantize_params`.
         """
-        stats = self._calibrate(params)
+        stats = self._calibrate(params, progress)
         jobs = plan(dict(named_leaves(params)), stats, self._recipe)
         if not self._announced:  # the others need the same
             memory.ensure_fits(needed_memory(jobs), params)
@@ -87,21 +91,22 @@ class Stream:
                 self.inputs[i] = jax.block_until_ready(self._fn(tree, x))
         return tree, report
 
-    def _calibrate(self, params: Any) -> Statistics | None:
+    def _calibrate(self, params: Any, progress: Progress | None) -> Statistics | None:
         if self.inputs is None:
             return None
-        batches = zip(self._taken(self.inputs), self._masks, strict=True)
+        masks = [None] * len(self.inputs) if self._masks is None else self._masks
+        batches = zip(self._taken(self.inputs, progress), masks, strict=True)
         stats, results = self._calibration.run(params, batches)
         if self._through_float:
             self.inputs = results
         return stats
 
-    def _taken(self, inputs: list) -> Iterator[Any]:
+    def _taken(self, inputs: list, progress: Progress | None) -> Iterator[Any]:
         """The batches; each is let go when the next is asked for, if the function's results take their place."""
         total = len(inputs)
         for done in range(total):
-            if self._progress is not None:
-                self._progress(done, total)
+            if progress is not None:
+                progress(done, total)
             yield inputs.pop(0) if self._through_float else inputs[done]
-        if self._progress is not None:
-            self._progress(total, total)
+        if progress is not None:
+            progress(total, total)
