@@ -154,9 +154,9 @@ def _quantize_layers(
     blocks, count = checkpoint.model.blocks, checkpoint.model.config.num_layers
     inputs, done = None, list[tuple[Any, Report]]()
     if samples is not None:
-        embedding = checkpoint.outer()["embed_tokens"]["embedding"]
-        inputs = [blocks.embed(embedding, batch) for batch in batches(samples)]
-        del embedding
+        embeddings = {name: value for name, value in checkpoint.outer().items() if name.startswith("embed")}
+        inputs = [blocks.embed(embeddings, batch) for batch in batches(samples)]
+        del embeddings
 
     def layers() -> Iterator[Any]:
         for i in range(count):

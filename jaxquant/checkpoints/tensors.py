@@ -6,6 +6,7 @@ that the index names must lie in the directory itself; symbolic links there are 
 made of them.
 """
 
+import copy
 import json
 import math
 import os
@@ -76,6 +77,12 @@ class Tensors(Mapping[str, np.ndarray]):
             if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
                 raise ValueError(f"{place.file} has become shorter while it was read; download or write it again")
         return array
+
+    def renamed(self, names: Mapping[str, str]) -> "Tensors":
+        """The same tensors, some of them under other names, which are given by the old ones."""
+        other = copy.copy(self)
+        other._places = {names.get(name, name): place for name, place in self._places.items()}
+        return other
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The dtype (NumPy's name for it) and shape of a tensor, without reading it."""
