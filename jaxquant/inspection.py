@@ -1,5 +1,6 @@
 """What a checkpoint holds: its parameters, what they take on disk and in memory, and how their values are spread."""
 
+import functools
 import math
 import os
 import re
@@ -106,15 +107,17 @@ def inspect_checkpoint(name: str | os.PathLike) -> Inspection:
 
 def _stored(directory: Path, config: DecoderConfig | None, paths: set[str]) -> Counter[str]:
     """Bytes in the files by the parameter that they belong to, under their own name where that is none."""
-    tensors, sizes = Tensors(directory), Counter[str]()
-    native = config is None or (directory / HEADER).is_file()
-    owners = {} if config is None else tensor_paths(config)
+    sizes = Counter[str]()
+    if config is None or (directory / HEADER).is_file():
+        tensors, owner = Tensors(directory), functools.partial(_native_owner, paths)
+    else:
+        tensors, owner = pretrained.stored_tensors(directory, config), functools.partial(_owner, tensor_paths(config))
     for name in tensors:
-        sizes[_native_owner(name, paths) if native else _owner(name, owners)] += tensors.nbytes(name)
+        sizes[owner(name)] += tensors.nbytes(name)
     return sizes
 
 
-def _native_owner(name: str, paths: set[str]) -> str:
+def _native_owner(paths: set[str], name: str) -> str:
     path = path_of(name)
     for known in (path, re.sub(r"^layers/\d+/", "layers/", path)):  # layers that lie apart may be loaded as a stack
         for owner in (known, known.rpartition("/")[0]):  # an array, or one of a QTensor's
@@ -123,7 +126,7 @@ def _native_owner(name: str, paths: set[str]) -> str:
     return path
 
 
-def _owner(name: str, owners: Mapping[str, str]) -> str:
+def _owner(owners: Mapping[str, str], name: str) -> str:
     weight = name.rpartition(".")[0] + ".weight"  # whatever the parts of a quantized module are called
     return owners.get(name) or owners.get(weight, name)
 

@@ -16,10 +16,10 @@ from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.native import header_of, spec_of, write_header, write_tree
 from jaxquant.checkpoints.tensors import write_tensors
 from jaxquant.models.model import Model
-from jaxquant.models.names import some_tensors
+from jaxquant.models.names import modules, some_tensors
 from jaxquant.models.stacking import unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.pretrained import SOURCE, Format, classes_of
+from jaxquant.pretrained import SOURCE, Format
 from jaxquant.transforms.fold import fold
 
 
@@ -54,7 +54,7 @@ class ModelParts:
             return self._write_tree(directory, {"layers": {str(layer): unstack_layers(params)["layers"]["0"]}})
         config = self.model.config
         tensors = some_tensors(config, fold(params, self.model.fold_pairs), range(layer, layer + 1))
-        write_compressed_tensors(directory, {}, tensors, classes_of(config))
+        write_compressed_tensors(directory, {}, tensors, modules(config))
         quantized = {name.removesuffix(".weight"): leaf for name, leaf in tensors.items() if is_qtensor(leaf)}
         dtype = next(iter(quantized.values())).dtype
         return {"specs": {name: dataclasses.asdict(q.spec) for name, q in quantized.items()}, "dtype": dtype}
@@ -79,7 +79,7 @@ class ModelParts:
             write_json(directory / CONFIG, hf_config)
         else:
             specs = {name: spec_of(spec) for note in notes for name, spec in note.get("specs", {}).items()}
-            config = configuration(hf_config, specs, notes[0]["dtype"], classes_of(self.model.config))
+            config = configuration(hf_config, specs, notes[0]["dtype"], modules(self.model.config))
             write_json(directory / CONFIG, config)
         if source is not None:
             copy_companions(Path(source), directory)

@@ -32,9 +32,13 @@ from jaxquant.models.model import Model
 from jaxquant.models.names import (
     check_dtypes,
     check_names,
+    full_names,
+    holds_nothing,
     layer_params,
+    modules,
     outer_params,
     parameter_shapes,
+    tensor_names,
     tensor_paths,
     tensors_from_params,
 )
@@ -203,6 +207,8 @@ def open_pretrained(name: str | os.PathLike) -> Checkpoint:
         source = _open(directory, storage, model.config)
         check_names(model.config, source)
         check_dtypes(model.config, source.dtype)
+        if isinstance(source, CompressedTensors):
+            _check_experts(directory, model.config, source.specs)
     return Checkpoint(directory, model, source)
 
 
@@ -280,25 +286,40 @@ def _check_format(format: str) -> None:
         raise ValueError(f"format={format!r} is not one of {', '.join(get_args(Format))}")
 
 
+def stored_tensors(directory: Path, config: DecoderConfig) -> Tensors:
+    """What lies in a Hugging Face directory, by the names that the whole model gives it."""
+    tensors = Tensors(directory)
+    return tensors.renamed(full_names(config, tensors))
+
+
 def _open(directory: Path, storage: Any, config: DecoderConfig) -> Tensors | CompressedTensors:
     """The tensors of a Hugging Face directory."""
     if storage is None:
-        floats = Tensors(directory)
-        check_floats(directory, floats, floats)
+        floats = stored_tensors(directory, config)
+        check_floats(directory, floats, [name for name in floats if not holds_nothing(config, name)])
         return floats
     method = storage.get("quant_method") if isinstance(storage, dict) else storage
     if method != METHOD:
         raise ValueError(f"{directory / CONFIG}: quant_method={method!r} is not read; supported: {METHOD}")
-    return CompressedTensors(directory, storage, classes_of(config))
+    return CompressedTensors(directory, storage, modules(config))
 
 
 def _uneven(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> str | None:
     """What is not quantized alike in all layers; None if all is."""
     for entry in FAMILIES[config.architecture].tensors:
-        found = {specs.get(entry.name.format(layer=layer)) for layer in range(config.num_layers)}
+        found = {specs.get(name) for name in tensor_names(config, entry)}
         if len(found) > 1:
             return f"{entry.name} is not quantized alike in all layers ({', '.join(map(str, found))}), {_ONE_SPEC}"
     return None
+
+
+def _check_experts(directory: Path, config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> None:
+    for entry in FAMILIES[config.architecture].tensors:
+        names = tensor_names(config, entry) if entry.of_experts else []
+        for start in range(0, len(names), config.num_experts or 1):
+            found = {name: specs.get(name) for name in names[start : start + config.num_experts]}
+            if len(set(found.values())) > 1:
+                raise ValueError(f"{directory}: experts of one layer are stacked, but not quantized alike: {found}")
 
 
 def _check_parameters(config: DecoderConfig, params: Any, stacked: bool) -> None:
@@ -328,21 +349,6 @@ def _write_model(directory: Path, model: Model, params: Any, format: Format) -> 
                 "quantized weight; leave it as it is, or format='jaxquant'"
             )
         tensors = tensors_from_params(model.config, fold(params, model.fold_pairs))
-        write_compressed_tensors(directory, hf_config, tensors, classes_of(model.config))
+        write_compressed_tensors(directory, hf_config, tensors, modules(model.config))
     if source is not None:
         copy_companions(Path(source), directory)
-
-
-def classes_of(config: DecoderConfig) -> dict[str, str]:
-    """Hugging Face's names of all Linear and Embedding modules, with their class.
-
-    The output head is a Linear even where it shares its weight.
-    """
-    family = FAMILIES[config.architecture]
-    weights = [
-        (entry.name.format(layer=layer), "Linear" if entry.transposed else "Embedding")
-        for entry in (*family.tensors, family.head)
-        if entry.transposed or entry.path.endswith("/embedding")
-        for layer in range(config.num_layers if entry.stacked else 1)
-    ]
-    return {name.removesuffix(".weight"): kind for name, kind in weights}

@@ -147,7 +147,11 @@ class LayerByLayer:
         """The input of the first layer."""
         rows = self.checkpoint.rows(batch.tokens.reshape(-1))  # not the whole embedding, which may be large
         places = np.arange(batch.tokens.size, dtype=np.int32).reshape(batch.tokens.shape)
-        return self.checkpoint.model.blocks.embed(jnp.asarray(rows), jnp.asarray(places))
+        tables = {"embed_tokens": {"embedding": jnp.asarray(rows)}}
+        for name in self.checkpoint.outer_names:
+            if name.startswith("embed_") and name not in tables:
+                tables |= self.checkpoint.outer(name)
+        return self.checkpoint.model.blocks.embed(tables, jnp.asarray(places))
 
     def _write_layer(self, layer: int, params: Mapping[str, Any], report: Report, directory: Path) -> dict[str, Any]:
         note = self._parts.write_layer(directory, layer, params)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_families import TOKENS, VARIANTS, reference, written_by_transformers
+from test_families import TOKENS, VARIANTS, reference, tensors_of, written_by_transformers
 
 import jaxquant as jq
 from jaxquant.models.names import params_from_tensors
@@ -26,18 +26,20 @@ def model_of(variant):
     model = jq.Model.from_hf(
         {**written_by_transformers(theirs.config.to_dict()), "architectures": theirs.config.architectures}
     )
-    tensors = {name: tensor.detach().numpy() for name, tensor in theirs.state_dict().items()}
-    return model, params_from_tensors(model.config, tensors)
+    return model, params_from_tensors(model.config, tensors_of(variant))
 
 
 def scaled(model, params, seed=0):
     """8-bit weights with random channel scales, one for all weights that read one input."""
     rng, leaves = np.random.default_rng(seed), dict(named_leaves(params))
     for pair in model.fold_pairs:
-        readers = [path for path in pair.readers if path in leaves]
-        *lead, size, _ = leaves[readers[0]].shape
-        d = jnp.asarray(np.exp(rng.normal(size=(*lead, size, 1))).astype(np.float32))
-        for path in readers:
+        *lead, size, _ = min((leaves[path].shape for path in pair.readers), key=len)
+        shared = jnp.asarray(np.exp(rng.normal(size=(*lead, size, 1))).astype(np.float32))
+        for path in pair.readers:
+            if path.endswith("/gate/kernel"):  # a router
+                continue
+            extra = leaves[path].shape[len(lead) : -2]
+            d = jnp.broadcast_to(shared.reshape(*lead, *(1 for _ in extra), size, 1), (*lead, *extra, size, 1))
             leaves[path] = dataclasses.replace(jq.quantize(leaves[path] * d, jq.int8()), channel_scale=d)
     return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
 
@@ -49,7 +51,9 @@ def test_folding_changes_nothing_but_rounding_errors(variant):
     folded = jq.fold(qparams, model.fold_pairs)
     quantized = [leaf for leaf in jax.tree.leaves(folded, is_leaf=is_qtensor) if is_qtensor(leaf)]
     linear = [path for path, _ in named_leaves(params) if path.endswith("_proj/kernel")]
-    assert len(quantized) == len(linear) - (model.config.num_heads != model.config.num_kv_heads)
+    left = model.config.num_heads != model.config.num_kv_heads  # whose values are shared by several query heads
+    left += model.config.architecture.startswith("GPT2")  # whose inner product is behind a GELU
+    assert len(quantized) == len(linear) - left
     assert all(q.channel_scale is None for q in quantized)
     want, found = model.apply(qparams, TOKENS), model.apply(folded, TOKENS)
     assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
@@ -85,6 +89,17 @@ def test_readers_that_are_not_quantized_are_compensated():
     assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
 
 
+def test_experts_with_scales_of_their_own_are_named():
+    model, params = model_of("mixtral")
+    qparams = scaled(model, params)
+    experts = qparams["layers"]["mlp"]["experts"]
+    kernel = experts["up_proj"]["kernel"]
+    different = kernel.channel_scale.at[0, 1].multiply(2)
+    experts["up_proj"]["kernel"] = dataclasses.replace(kernel, channel_scale=different)
+    with pytest.raises(ValueError, match="matrices of 'layers/mlp/experts/up_proj/kernel' read the same input"):
+        jq.fold(qparams, model.fold_pairs)
+
+
 def test_what_cannot_be_folded_is_named():
     model, params = model_of("mistral_window_of_one")
     attention = scaled(model, params)["layers"]["self_attn"]
@@ -111,7 +126,7 @@ def test_what_cannot_be_folded_is_named():
         ("qwen2", ACTIVATION_AWARE),
         ("qwen2", jq.SmoothQuant(0.5)),
         ("gemma3_new_words", ACTIVATION_AWARE),  # with norms that add one
-        ("phi3", ACTIVATION_AWARE),  # with fused projections
+        ("mixtral", ACTIVATION_AWARE),  # with experts
     ],
 )
 def test_scaled_weights_are_written_for_other_readers(variant, config, tmp_path):

@@ -317,8 +317,8 @@ def test_layers_that_are_quantized_differently_cannot_be_stacked(checkpoints, tm
     ("change", "message"),
     [
         (
-            lambda c: c.update(architectures=["GPT2LMHeadModel"]),
-            r"architectures=\['GPT2LMHeadModel'\] is not supported",
+            lambda c: c.update(architectures=["BertLMHeadModel"]),
+            r"architectures=\['BertLMHeadModel'\] is not supported",
         ),
         (
             lambda c: c.update(quantization_config={"quant_method": "gptq"}),

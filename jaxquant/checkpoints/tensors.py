@@ -6,6 +6,7 @@ under a map kills the process, so maps are not kept.) A shard that the index nam
 symbolic links there are followed, because the hub's cache is made of them.
 """
 
+import copy
 import json
 import math
 import os
@@ -89,6 +90,12 @@ class Tensors(Mapping[str, np.ndarray]):
             return np.empty(place.shape, place.dtype)
         whole = np.memmap(place.file, np.uint8, "r", place.start, (math.prod(place.shape) * place.dtype.itemsize,))
         return np.asarray(whole).view(place.dtype).reshape(place.shape)
+
+    def renamed(self, names: Mapping[str, str]) -> "Tensors":
+        """The same tensors, some of them under other names, which are given by the old ones."""
+        other = copy.copy(self)
+        other._places = {names.get(name, name): place for name, place in self._places.items()}
+        return other
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The dtype (NumPy's name for it) and shape of a tensor, without reading it."""

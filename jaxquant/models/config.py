@@ -10,8 +10,11 @@ from typing import Any
 
 from jaxquant.models.family import Family, Key
 from jaxquant.models.gemma import GEMMA2, GEMMA3
+from jaxquant.models.gpt2 import GPT2
 from jaxquant.models.llama import LLAMA
 from jaxquant.models.mistral import MISTRAL
+from jaxquant.models.mixture import MIXTRAL, QWEN3_MOE
+from jaxquant.models.opt import OPT
 from jaxquant.models.phi3 import PHI3
 from jaxquant.models.qwen2 import QWEN2
 from jaxquant.models.qwen3 import QWEN3
@@ -19,7 +22,8 @@ from jaxquant.models.rope import Rope
 from jaxquant.models.rope_config import FULL, ROPE_KEYS, SLIDING, read_ropes
 from jaxquant.models.values import check_values
 
-FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)}
+_FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, MIXTRAL, QWEN3_MOE, GPT2, OPT)
+FAMILIES = {family.architecture: family for family in _FAMILIES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +32,20 @@ class DecoderConfig:
 
     `qkv_bias`, `o_bias` and `mlp_bias` say which linear layers have a bias, `qk_norm` whether queries and keys are
     normalized. `windows` has an entry per layer: how many positions one sees, itself included, or None for all.
-    `rope` says how heads are rotated, `local_rope` how in layers with a window, if that is different there.
+    `rope` says how heads are rotated, None for not at all, `local_rope` how in layers with a window, if differently.
     `architecture` names the family, which says what its tensors are called.
 
     Fields with a default are parts that not all families have. `fused` is one product for queries, keys and values, and
     one for the gate and what it multiplies. `norm_offset` is what norms add to their scale, `post_norms` puts one
     behind attention and feed-forward network too. `embedding_scaled` multiplies embeddings with the root of
     `hidden_size`. Scores of attention are divided by the root of `attention_scalar`, None for `head_dim`. What is
-    capped at c is c · tanh(x / c).
+    capped at c is c · tanh(x / c). `layer_norms` are LayerNorms, with biases, in place of RMSNorms; without `gated`,
+    the feed-forward network has one inner product. With `position_offset` n, positions are learned, the first at row n
+    of their table. With `num_experts`, the feed-forward network is a mixture, of which each token chooses
+    `experts_per_token`; `normalize_routing` makes their weights add up to 1.
 
-    Raises ValueError when the numbers do not fit together: `num_kv_heads` must divide `num_heads`, and a window see at
-    least its own position.
+    Raises ValueError when the numbers do not fit together: `num_kv_heads` must divide `num_heads`, a window see at
+    least its own position, and there be as many experts as a token chooses.
     """
 
     vocab_size: int
@@ -50,7 +57,7 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int
     norm_eps: float
-    rope: Rope
+    rope: Rope | None
     local_rope: Rope | None
     tie_embeddings: bool
     qkv_bias: bool
@@ -67,12 +74,22 @@ class DecoderConfig:
     attention_scalar: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
+    layer_norms: bool = False
+    gated: bool = True
+    position_offset: int | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalize_routing: bool = True
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows={self.windows}: a window of less than one position sees nothing")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token}, but there are only num_experts={self.num_experts}"
+            )
 
 
 # Hugging Face's keys that hold a field's value.
@@ -99,24 +116,28 @@ def from_hf(hf_config: Mapping[str, Any]) -> DecoderConfig:
     value this decoder does not compute or whose meaning it does not know.
     """
     family = _family(hf_config)
+    hf_config = _respelled(hf_config, family)
     _refuse_unsupported(hf_config, family)
-    settings = {**family.fixed, **family.defaults, **hf_config}
-    check_values(settings)
-    fields = {field: settings[key] for key, field in (_REQUIRED | _OPTIONAL).items()}
+    own = {**family.fixed, **family.defaults}
+    settings = own | {key: value for key, value in hf_config.items() if key in own or key in _REQUIRED}
+    check_values(settings, _own_words(family))
+    fields = {field: settings[key] for key, field in (_REQUIRED | _OPTIONAL).items() if key in settings}
     parts = {field: settings[part.name] if isinstance(part, Key) else part for field, part in family.parts.items()}
     heads = fields["num_heads"]
-    head_dim = _unless_null(settings["head_dim"], fields["hidden_size"] // heads)
-    rope, local_rope = read_ropes(hf_config, family.defaults, family.rope_types, head_dim)
-    return DecoderConfig(
-        **fields,
-        **parts,
-        num_kv_heads=_unless_null(settings["num_key_value_heads"], heads),
-        head_dim=head_dim,
-        rope=rope,
-        local_rope=local_rope,
-        windows=_windows(settings),
-        architecture=family.architecture,
-    )
+    head_dim = _unless_null(settings.get("head_dim"), fields["hidden_size"] // heads)
+    rope, local_rope = None, None
+    if "rope_theta" in family.defaults:
+        rope, local_rope = read_ropes(hf_config, family.defaults, family.rope_types, head_dim)
+    common = {
+        "intermediate_size": _unless_null(settings["intermediate_size"], 4 * fields["hidden_size"]),  # null in GPT-2
+        "num_kv_heads": _unless_null(settings.get("num_key_value_heads"), heads),
+        "head_dim": head_dim,
+        "rope": rope,
+        "local_rope": local_rope,
+        "windows": _windows(settings),
+        "architecture": family.architecture,
+    }
+    return DecoderConfig(**(fields | common | parts))
 
 
 def _unless_null(value, default):
@@ -130,14 +151,35 @@ def _family(hf_config: Mapping[str, Any]) -> Family:
     return FAMILIES[architectures[0]]
 
 
+def _own_words(family: Family) -> dict[str, str]:
+    """What a family calls the keys that others have too."""
+    return {common: own for own, common in family.spellings.items()}
+
+
+def _respelled(hf_config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The configuration in the words that families share, of which one that the family does not use is unknown."""
+    respelled: dict[str, Any] = {}
+    for key, value in hf_config.items():
+        common = family.spellings.get(key, key)
+        if key in family.spellings.values() and key not in family.spellings:
+            own = _own_words(family)[key]
+            raise ValueError(f"config.json: {key}={value!r} is unknown for {family.architecture}; it says {own}")
+        if respelled.setdefault(common, value) != value:
+            raise ValueError(f"config.json: {key}={value!r} contradicts {common}={respelled[common]!r}")
+    return respelled
+
+
 def _refuse_unsupported(hf_config: Mapping[str, Any], family: Family) -> None:
-    missing = sorted(_REQUIRED.keys() - hf_config.keys())
+    words, required = _own_words(family), _REQUIRED.keys() - family.defaults.keys()
+    missing = sorted(words.get(key, key) for key in required if hf_config.get(key) is None)
     if missing:
-        raise ValueError(f"config.json: {missing} missing; {family.architecture} needs {sorted(_REQUIRED)}")
-    known = _REQUIRED.keys() | family.defaults.keys() | ROPE_KEYS | family.harmless
+        needed = sorted(words.get(key, key) for key in required)
+        raise ValueError(f"config.json: {missing} missing; {family.architecture} needs {needed}")
+    known = required | family.defaults.keys() | family.harmless | family.same.keys()
+    known |= ROPE_KEYS if "rope_theta" in family.defaults else set()
     for key, value in hf_config.items():
         if key in family.fixed:
-            if value != family.fixed[key] and not (value is None and family.fixed[key] is False):
+            if value != family.fixed[key] and (value is not None or family.fixed[key]):
                 raise ValueError(
                     f"config.json: {key}={value!r} is not supported; {family.architecture} is computed with "
                     f"{key}={family.fixed[key]!r} only"
@@ -146,6 +188,11 @@ def _refuse_unsupported(hf_config: Mapping[str, Any], family: Family) -> None:
             raise ValueError(
                 f"config.json: {key}={value!r} is unknown for {family.architecture} and might change what the model "
                 f"computes; understood: {sorted(known | family.fixed.keys())}"
+            )
+        elif key in family.same and value not in (None, hf_config[family.same[key]]):
+            raise ValueError(
+                f"config.json: {key}={value!r} is not supported; {family.architecture} is computed with that of "
+                f"{family.same[key]} only, {hf_config[family.same[key]]!r}"
             )
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxquant.models.attention import Past
 from jaxquant.models.config import FAMILIES, DecoderConfig, from_hf
-from jaxquant.models.decoder import Decoder, Layers, Past, embedded, window_sizes
+from jaxquant.models.decoder import Decoder, Embeddings, Layers, window_sizes
 from jaxquant.models.family import VALUES
 from jaxquant.models.names import parameter_shapes
 from jaxquant.models.stacking import layer_path
@@ -88,8 +89,8 @@ class Model:
     def recipe(self, config, *, foldable: bool = False) -> list[tuple[str, Any]]:
         """Returns the rules that give every linear layer `config` and leave everything else alone.
 
-        That is the embedding, the output head, norms and biases. A rule stands there only if the model has what it is
-        about: a rule that matches nothing is an error.
+        That is embeddings, the output head, routers, norms and biases. A rule stands there only if the model has what
+        it is about: a rule that matches nothing is an error.
 
         Args:
           config: a method config.
@@ -98,20 +99,31 @@ class Model:
         """
         decoder = self.config
         head = [] if decoder.tie_embeddings else [("lm_head/kernel", None)]
-        biased = decoder.qkv_bias or decoder.o_bias or decoder.mlp_bias
-        biases = [("layers/.*/bias", None)] if biased else []
-        norms = (".*norm/scale", None)
-        return [("embed_tokens/embedding", None), *head, norms, *biases, *self.layer_rules(config, foldable=foldable)]
+        biased = decoder.qkv_bias or decoder.o_bias or decoder.mlp_bias or decoder.layer_norms
+        biases = [(".*/bias", None)] if biased else []
+        rest = [("embed_.*/embedding", None), *head, (".*norm/scale", None), *biases]
+        return rest + self.layer_rules(config, foldable=foldable)
 
     def layer_rules(self, config, *, foldable: bool = False) -> list[tuple[str, Any]]:
         """Returns the rules of `recipe` that are about linear layers."""
+        routers = [("layers/(.*/)?mlp/gate/kernel", None)] if self.config.num_experts else []
         rules = [("layers/.*/kernel", config)]
         if foldable and hasattr(config, "channel_scale"):
-            readers = {path for pair in self.fold_pairs for path in pair.readers}
             paths = parameter_shapes(self.config, self.stacked)
             kernels = [path for path in paths if re.fullmatch("layers/.*/kernel", path)]
-            rules = [(path, unscaled(config)) for path in kernels if path not in readers] + rules
-        return rules
+            foldable_ones = self._foldable(paths)
+            rules = [(path, unscaled(config)) for path in kernels if path not in foldable_ones] + rules
+        return routers + rules
+
+    def _foldable(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """The readers of all fold pairs, but experts that read one norm and would each want another scale of it."""
+        found = set()
+        for pair in self.fold_pairs:
+            lead = {
+                len(shapes[path]) - (2 if path.endswith("kernel") else 1) for path in pair.sources if path in shapes
+            }
+            found |= {path for path in pair.readers if path in shapes and len(shapes[path]) - 2 in lead}
+        return found
 
     @property
     def fold_pairs(self) -> tuple[FoldPair, ...]:
@@ -121,10 +133,11 @@ class Model:
         can be moved.
         """
         shared = self.config.num_heads != self.config.num_kv_heads
-        pairs = FAMILIES[self.config.architecture].fold_pairs
-        pairs = tuple(pair for pair in pairs if not (shared and pair == VALUES))
+        paths = parameter_shapes(self.config).keys()
+        pairs = [pair for pair in FAMILIES[self.config.architecture].fold_pairs if not (shared and pair == VALUES)]
+        pairs = [pair.among(paths) for pair in pairs if not paths.isdisjoint(pair.readers)]
         if self.stacked:
-            return pairs
+            return tuple(pairs)
         return tuple(_of_layer(pair, layer) for layer in range(self.config.num_layers) for pair in pairs)
 
     def check_tokens(self, tokens) -> None:
@@ -153,14 +166,14 @@ class Blocks(NamedTuple):
     """A model's layers one after the other.
 
     Attributes:
-      embed: `embed(embedding, tokens) -> x`: the input `[batch, time, hidden]` of the first layer, from the parameter
-        `embed_tokens/embedding` and tokens `[batch, time]`.
+      embed: `embed(params, tokens) -> x`: the input `[batch, time, hidden]` of the first layer, from the parameters
+        of the model (only those whose name begins with "embed" are needed) and tokens `[batch, time]`.
       apply: `apply(params, x) -> x`: what some layers make of their input. `params` holds `layers`, as the parameters
         of the model do but only of these layers, and their `windows`, of `windows`.
       windows: int32 `[layers]`, how many positions each layer sees.
     """
 
-    embed: Callable[[jax.Array, jax.Array], jax.Array]
+    embed: Callable[[Any, jax.Array], jax.Array]
     apply: Callable[[Any, jax.Array], jax.Array]
     windows: jax.Array
 
@@ -170,8 +183,9 @@ def _blocks(config: DecoderConfig, dtype: np.dtype) -> Blocks:
     layers = Layers(config, dtype)
 
     @jax.jit
-    def embed(embedding, tokens):
-        return embedded(config, embedding[tokens].astype(dtype))
+    def embed(params, tokens):
+        rows, _ = params["embed_tokens"]["embedding"].shape
+        return Embeddings(dataclasses.replace(config, vocab_size=rows), dtype).apply({"params": params}, tokens)
 
     @jax.jit
     def apply(params, x):

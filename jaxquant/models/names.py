@@ -1,11 +1,13 @@
 """Parameters of a decoder from the tensors of a Hugging Face checkpoint, and back.
 
-Only the layout changes: layers are stacked or unstacked, kernels transposed. Values and dtypes stay what they are.
+Only the layout changes: layers and experts are stacked, kernels transposed. Values and dtypes stay what they are.
 A leaf may be a quantized tensor too: any pytree whose array leaves all have the layer axis in front and whose `shape`
 is that of the kernel it stands for, `[in, out]`. It is stacked leaf by leaf and never transposed.
 """
 
 import functools
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -60,7 +62,7 @@ def outer_params(config: DecoderConfig, tensors: Mapping[str, Any], only: str | 
 
 def _params(config, entries: list[TensorName], tensors: Mapping[str, Any], layers: range) -> dict[str, Any]:
     shapes = parameter_shapes(config)
-    params = {entry.path: _parameter(entry, shapes[entry.path], tensors, layers) for entry in entries}
+    params = {entry.path: _parameter(config, entry, shapes[entry.path], tensors, layers) for entry in entries}
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -79,9 +81,9 @@ def tensors_from_params(config: DecoderConfig, params: Mapping[str, Any]) -> dic
             f"be those of a {config.architecture} with {config.num_layers} layers"
         )
     return {
-        name: _to_tensor(entry, _of_layer(flat, entry, layer, stacked))
+        name: _to_tensor(entry, _part(flat, entry, place, stacked))
         for entry in _entries(config)
-        for layer, name in enumerate(_names(config, entry))
+        for place, name in _named_places(config, entry, range(config.num_layers))
     }
 
 
@@ -92,16 +94,44 @@ def some_tensors(config: DecoderConfig, params: Mapping[str, Any], layers: range
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     return {
-        entry.name.format(layer=layer): _to_tensor(entry, _of_layer(flat, entry, i, True))
+        name: _to_tensor(entry, _part(flat, entry, (*(i - layers.start for i in place[:1]), *place[1:]), True))
         for entry in _entries(config)
         if entry.path in flat
-        for i, layer in enumerate(layers if entry.stacked else [0])
+        for place, name in _named_places(config, entry, layers)
     }
 
 
 def tensor_paths(config: DecoderConfig) -> dict[str, str]:
     """Returns the path of the parameter that each tensor of a checkpoint belongs to, by Hugging Face's names."""
-    return {name: entry.path for entry in _entries(config) for name in _names(config, entry)}
+    return {name: entry.path for entry in _entries(config) for name in tensor_names(config, entry)}
+
+
+def full_names(config: DecoderConfig, found: Iterable[str]) -> dict[str, str]:
+    """Returns the names that tensors of a checkpoint should have, where it was saved without its output head.
+
+    transformers then leaves out the first part of every name.
+    """
+    found, prefix = list(found), FAMILIES[config.architecture].prefix
+    if any(name.startswith(prefix) for name in found):
+        return {}
+    expected = tensor_paths(config)
+    full = {name: f"{prefix}{name}" for name in found}
+    return {name: whole for name, whole in full.items() if whole in expected or holds_nothing(config, whole)}
+
+
+def modules(config: DecoderConfig) -> dict[str, str]:
+    """Returns Hugging Face's names of all Linear and Embedding modules of the model, with their class.
+
+    The output head is a Linear even where it shares its weight. GPT-2 has Conv1D modules in place of Linear ones.
+    """
+    family = FAMILIES[config.architecture]
+    weights = [
+        (name, "Linear" if entry.transposed else "Embedding")
+        for entry in dict.fromkeys((*_entries(config), family.head))
+        if entry.transposed or entry.path.endswith("/embedding")
+        for name in tensor_names(config, entry)
+    ]
+    return {name.removesuffix(".weight"): kind for name, kind in weights}
 
 
 def _entries(config: DecoderConfig) -> tuple[TensorName, ...]:
@@ -110,16 +140,27 @@ def _entries(config: DecoderConfig) -> tuple[TensorName, ...]:
     return tuple(entry for entry in (*family.tensors, family.head) if entry.path in shapes)
 
 
-def _names(config: DecoderConfig, entry: TensorName) -> list[str]:
-    return [entry.name.format(layer=layer) for layer in range(config.num_layers if entry.stacked else 1)]
+def tensor_names(config: DecoderConfig, entry: TensorName) -> list[str]:
+    """Returns the names of the tensors that a parameter is made of, layer by layer and expert by expert."""
+    return [name for _, name in _named_places(config, entry, range(config.num_layers))]
+
+
+def _named_places(config: DecoderConfig, entry: TensorName, layers: range) -> list[tuple[tuple[int, ...], str]]:
+    """The names of a parameter's tensors, each with its place along the axes of layers and of experts."""
+    if not entry.stacked:
+        return [((), entry.name)]
+    if not entry.of_experts:
+        return [((layer,), entry.name.format(layer=layer)) for layer in layers]
+    places = itertools.product(layers, range(config.num_experts))
+    return [((layer, expert), entry.name.format(layer=layer, expert=expert)) for layer, expert in places]
 
 
 def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
     """Raises ValueError for a tensor that is missing, and for one that belongs nowhere."""
     found, family = set(found), FAMILIES[config.architecture]
-    expected = {name for entry in _entries(config) for name in _names(config, entry)}
+    expected = {name for entry in _entries(config) for name in tensor_names(config, entry)}
     missing = sorted(expected - found)
-    left_over = sorted(name for name in found - expected if not re.fullmatch(family.ignored_tensors, name))
+    left_over = sorted(name for name in found - expected if not holds_nothing(config, name))
     if config.tie_embeddings and family.head.name in left_over:
         left_over.remove(family.head.name)
     if missing:
@@ -128,10 +169,15 @@ def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
         raise ValueError(f"{_some(left_over)} in the checkpoint but not in {_described(config)}")
 
 
+def holds_nothing(config: DecoderConfig, name: str) -> bool:
+    """Whether a tensor holds nothing that is learned."""
+    return re.fullmatch(FAMILIES[config.architecture].ignored_tensors, name) is not None
+
+
 def check_dtypes(config: DecoderConfig, dtype_of: Callable[[str], str]) -> None:
     """Raises ValueError for tensors of one kind whose dtype is not the same in all layers, which are stacked."""
     for entry in _entries(config):
-        first, *others = _names(config, entry)
+        first, *others = tensor_names(config, entry)
         for name in others:
             if dtype_of(name) != dtype_of(first):
                 raise ValueError(
@@ -150,12 +196,16 @@ def _some(names: list[str]) -> str:
     return f"tensors {', '.join(names[:5])}{more}"
 
 
-def _parameter(entry: TensorName, shape: tuple[int, ...], tensors: Mapping[str, Any], layers: range):
+def _parameter(
+    config: DecoderConfig, entry: TensorName, shape: tuple[int, ...], tensors: Mapping[str, Any], layers: range
+):
+    names = [name for _, name in _named_places(config, entry, layers)]
+    lead = entry.stacked + entry.of_experts
+    leaves = _checked(entry, shape[lead:], ((name, tensors[name]) for name in names))
     if not entry.stacked:
-        (leaf,) = _checked(entry, shape, [(entry.name, tensors[entry.name])])
+        (leaf,) = leaves
         return jax.tree.map(jnp.array, leaf)  # a copy: the caller's memory may be a file's or another library's
-    names = [entry.name.format(layer=layer) for layer in layers]
-    return _stack(_checked(entry, shape[1:], ((name, tensors[name]) for name in names)), len(layers))
+    return _stack(leaves, (len(layers), *shape[1:lead]))
 
 
 def _checked(entry: TensorName, shape: tuple[int, ...], named: Iterable[tuple[str, Any]]) -> Iterator[Any]:
@@ -168,10 +218,10 @@ def _checked(entry: TensorName, shape: tuple[int, ...], named: Iterable[tuple[st
         yield tensor.T if transposed else tensor
 
 
-def _stack(leaves: Iterator[Any], count: int):
-    """Stacks pytrees of arrays, filling the result one at a time."""
+def _stack(leaves: Iterator[Any], lead: tuple[int, ...]):
+    """Stacks pytrees of arrays along leading axes, filling the result one at a time."""
     first = next(leaves)  # (all have one dtype: see `check_dtypes`)
-    stacked = jax.tree.map(lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), first)
+    stacked = jax.tree.map(lambda leaf: np.empty((math.prod(lead), *leaf.shape), leaf.dtype), first)
 
     def fill(index, leaf):
         jax.tree.map(lambda whole, part: np.copyto(whole[index], np.asarray(part)), stacked, leaf)
@@ -179,15 +229,14 @@ def _stack(leaves: Iterator[Any], count: int):
     fill(0, first)
     for index, leaf in enumerate(leaves, start=1):
         fill(index, leaf)
-    return jax.tree.map(jnp.asarray, stacked)
+    return jax.tree.map(lambda whole: jnp.asarray(whole.reshape(*lead, *whole.shape[1:])), stacked)
 
 
-def _of_layer(flat: Mapping[str, Any], entry: TensorName, layer: int, stacked: bool):
+def _part(flat: Mapping[str, Any], entry: TensorName, place: tuple[int, ...], stacked: bool):
     if not entry.stacked:
         return flat[entry.path]
-    if not stacked:
-        return flat[layer_path(entry.path, layer)]
-    return jax.tree.map(lambda array: array[layer], flat[entry.path])
+    leaf, index = (flat[entry.path], place) if stacked else (flat[layer_path(entry.path, place[0])], place[1:])
+    return jax.tree.map(lambda array: array[index], leaf) if index else leaf
 
 
 def _to_tensor(entry: TensorName, leaf):

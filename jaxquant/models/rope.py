@@ -81,6 +81,8 @@ class Rope:
 
 def rope_tables(length: int, ropes: tuple[Rope, ...]) -> tuple[jax.Array, jax.Array]:
     """Returns the cosines and sines of positions `0..length-1`, each float32 `[len(ropes), length, dim / 2]`."""
+    if not ropes:
+        return jnp.zeros((0, length, 0)), jnp.zeros((0, length, 0))
     positions = jnp.arange(length, dtype=jnp.float32)
     angles = [positions[:, None] * jnp.asarray(_frequencies(rope, length), dtype=jnp.float32) for rope in ropes]
     magnitudes = [getattr(rope.scaling, "magnitude", 1.0) for rope in ropes]

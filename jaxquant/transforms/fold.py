@@ -7,11 +7,12 @@ is gone from the weight, and formats without a place for it can store the model.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import compute_dtype
@@ -25,13 +26,19 @@ class FoldPair(NamedTuple):
       sources: arrays whose last axis are the channels: the scale (and bias) of a norm, or the kernel and bias of a
         linear layer. Where that axis is longer, as of a fused projection, its end are the channels. Every channel of
         the input must be proportional to that channel of each of them.
-      readers: the kernels `[..., in, out]` of all products with that input, quantized or not.
+      readers: the kernels `[*lead, in, out]` of all products with that input, quantized or not. Some may have more
+        leading axes than others: experts, which must all have the same scale.
       offset: what is added to the sources where they are used: 1 for a norm that multiplies with 1 + scale.
     """
 
     sources: tuple[str, ...]
     readers: tuple[str, ...]
     offset: float = 0.0
+
+    def among(self, paths: Collection[str]) -> "FoldPair":
+        """The pair without paths that are not among those given."""
+        sources, readers = (tuple(path for path in own if path in paths) for own in (self.sources, self.readers))
+        return FoldPair(sources, readers, self.offset)
 
 
 def fold(params: Any, pairs: Sequence[FoldPair]) -> Any:
@@ -60,13 +67,14 @@ def fold(params: Any, pairs: Sequence[FoldPair]) -> Any:
 def _folded(pair: FoldPair, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves that a pair changes."""
     readers = {path: leaves[path] for path in pair.readers if path in leaves}
+    lead = min((np.ndim(leaf) - 2 for leaf in readers.values()), default=0)
     scales = {path: q.channel_scale for path, q in readers.items() if is_qtensor(q)}
-    scaled = {path: scale for path, scale in scales.items() if scale is not None}
+    scaled = {path: _of_all(path, scale, lead) for path, scale in scales.items() if scale is not None}
     if not scaled:
         return {}
     first, scale = next(iter(scaled.items()))
     for path in scales:
-        if path not in scaled or not jnp.array_equal(scales[path], scale):
+        if path not in scaled or not jnp.array_equal(scaled[path], scale):
             raise ValueError(
                 f"'{path}' and '{first}' read the same input, but have different channel scales; quantize them by the "
                 "same config, or leave one of them as it is"
@@ -78,6 +86,18 @@ def _folded(pair: FoldPair, leaves: Mapping[str, Any]) -> dict[str, Any]:
         scale = scale / lift
     found = {path: _without_scale(leaf, scale) for path, leaf in readers.items()}
     return found | {path: _divided(path, leaf, scale, pair.offset) for path, leaf in sources.items()}
+
+
+def _of_all(path: str, scale: jax.Array, lead: int) -> jax.Array:
+    """The scales `[*lead, K, 1]` of a reader, of which several (experts) may have the same input."""
+    while scale.ndim - 2 > lead:
+        if not jnp.array_equal(scale, jnp.broadcast_to(scale[..., :1, :, :], scale.shape)):
+            raise ValueError(
+                f"the matrices of '{path}' read the same input, but have different channel scales; quantize it by "
+                "model.recipe(config, foldable=True), or by a config without channel scales"
+            )
+        scale = scale[..., 0, :, :]
+    return scale
 
 
 def _lift(source: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
@@ -97,7 +117,7 @@ def _divided_by(reader: Any, lift: jax.Array) -> Any:
         return reader
 
     def times(a: jax.Array | None, factor: jax.Array) -> jax.Array | None:
-        return None if a is None else a * factor.astype(a.dtype)
+        return None if a is None else a * _spread(factor, a.ndim).astype(a.dtype)
 
     return dataclasses.replace(
         reader,
@@ -111,7 +131,12 @@ def _without_scale(reader: Any, scale: jax.Array) -> Any:
     if is_qtensor(reader):
         return dataclasses.replace(reader, channel_scale=None)
     wide = compute_dtype(reader.dtype)
-    return (reader.astype(wide) * scale.astype(wide)).astype(reader.dtype)
+    return (reader.astype(wide) * _spread(scale, reader.ndim).astype(wide)).astype(reader.dtype)
+
+
+def _spread(a: jax.Array, ndim: int) -> jax.Array:
+    """`[*lead, ·, ·]` with axes of one behind the leading ones, for matrices of which several have the same input."""
+    return a.reshape(*a.shape[:-2], *(1,) * (ndim - a.ndim), *a.shape[-2:])
 
 
 def _divided(path: str, source: Any, scale: jax.Array, offset: float = 0.0) -> Any:
