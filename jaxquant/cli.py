@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxquant import inspection, workflows
+from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.methods.awq import AWQ
 from jaxquant.methods.chain import Chain
 from jaxquant.methods.gptq import GPTQ
@@ -26,6 +27,7 @@ from jaxquant.methods.rtn import RTN
 from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
+from jaxquant.pretrained import Format
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
 _READERS = {  # of the options that not every method reads
@@ -108,7 +110,7 @@ def _add_quantize(commands) -> None:
     parser.add_argument(
         "--seq-len", type=int, default=512, metavar="T", help="tokens per sample (default: %(default)s)"
     )
-    parser.add_argument("--format", choices=("jaxquant", "compressed-tensors"), default="jaxquant",
+    parser.add_argument("--format", choices=get_args(Format), default="jaxquant",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in DIR")
 
@@ -186,7 +188,8 @@ def _method_config(args) -> Any:
     kind = args.activations or ("dynamic" if args.method == "smoothquant" else "none")
     activations = None if kind == "none" else ActivationSpec(static=kind == "static")
     group_size = None if args.per_channel else group_size
-    spec = QuantSpec(bits=bits, group_size=group_size, symmetric=not args.asymmetric, activations=activations)
+    scales = FOREIGN[args.format].fields if args.format in FOREIGN else {}
+    spec = QuantSpec(bits, group_size, not args.asymmetric, activations=activations, **scales)
     gptq = {"act_order": not args.no_act_order, "clip": args.clip, "refine": args.refine or 0}
     made = {
         "rtn": lambda: RTN(spec, clip=args.clip),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import pretrained
+from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.evaluation.corpus import standard_library_text
 from jaxquant.evaluation.data import read_tokens, take_samples
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
@@ -118,7 +119,7 @@ def quantize_checkpoint(
         only if a file is given, for the errors in the report.
       num_samples: calibration samples.
       seq_len: tokens in each, cut to the model's context.
-      format: "jaxquant" or "compressed-tensors".
+      format: as in `save`.
       overwrite: replaces an existing checkpoint.
       progress: called as the work goes on.
 
@@ -141,7 +142,7 @@ def quantize_checkpoint(
     samples = None
     if needs_statistics(config) or calibration is not None:
         samples = calibration_samples(checkpoint.model, TextSource(directory), calibration, num_samples, seq_len)
-    rules = checkpoint.model.layer_rules(config, foldable=format != "jaxquant")
+    rules = checkpoint.model.layer_rules(config, foldable=format in FOREIGN)
     params, report = _quantize_layers(checkpoint, samples, rules, progress)
     pretrained.save(out, checkpoint.model, params, format=format, overwrite=overwrite)
     return report

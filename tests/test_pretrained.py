@@ -321,10 +321,10 @@ def test_layers_that_are_quantized_differently_cannot_be_stacked(checkpoints, tm
             r"architectures=\['GPT2LMHeadModel'\] is not supported",
         ),
         (
-            lambda c: c.update(quantization_config={"quant_method": "gptq"}),
-            "quant_method='gptq' is not read; supported",
+            lambda c: c.update(quantization_config={"quant_method": "hqq"}),
+            "quant_method='hqq' is not read; supported",
         ),
-        (lambda c: c.update(quantization_config="gptq"), "quant_method='gptq' is not read; supported"),
+        (lambda c: c.update(quantization_config="hqq"), "quant_method='hqq' is not read; supported"),
         (lambda c: c.update(quantization_config={}), "quant_method=None is not read"),
         (lambda c: c.update(num_hidden_layers=3), "model.layers.2.* missing from the checkpoint"),
         (lambda c: c.update(vocab_size=97), "has shape .*the configuration says"),
