@@ -190,13 +190,14 @@ def _method_config(args) -> Any:
     group_size = None if args.per_channel else group_size
     scales = FOREIGN[args.format].fields if args.format in FOREIGN else {}
     spec = QuantSpec(bits, group_size, not args.asymmetric, activations=activations, **scales)
+    outliers = 0 if args.format == "bitsandbytes" else None  # has no place for float weights
     gptq = {"act_order": not args.no_act_order, "clip": args.clip, "refine": args.refine or 0}
     made = {
         "rtn": lambda: RTN(spec, clip=args.clip),
         "gptq": lambda: GPTQ(spec, **gptq),
         "awq": lambda: AWQ(spec, clip=args.clip or AWQ.clip),
         "smoothquant": lambda: SmoothQuant(args.alpha, spec),
-        "llm-int8": lambda: LLMInt8(LLMInt8.threshold if args.threshold is None else args.threshold, spec),
+        "llm-int8": lambda: LLMInt8(LLMInt8.threshold if args.threshold is None else args.threshold, spec, outliers),
     }
     configs = [made[step]() for step in steps]
     return configs[0] if len(configs) == 1 else Chain(*configs)

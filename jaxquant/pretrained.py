@@ -39,7 +39,7 @@ from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.fold import fold
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
-Format = Literal["jaxquant", "compressed-tensors", "gptq", "awq"]
+Format = Literal["jaxquant", "compressed-tensors", "gptq", "awq", "bitsandbytes"]
 _SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
 _ONE_SPEC = "and a stack of layers has one spec"
 _STORAGE = "quantization_config"  # how the tensors were stored, which is no property of the loaded model
@@ -63,7 +63,7 @@ def load_pretrained(
     Args:
       name: a local directory, a hub id ("owner/model"), or "tinylm", the model in the package. Read are float
         checkpoints in safetensors, what `save` writes in any format, and quantized weights from elsewhere: GPTQ, AWQ
-        (gemm), compressed-tensors' `pack-quantized` and `int-quantized`.
+        (gemm), compressed-tensors' `pack-quantized` and `int-quantized`, bitsandbytes' LLM.int8().
       dtype: of the computation; None takes that of the largest parameter.
       stacked: whether the layers are stacked, so that a scan runs over them ("layers/mlp/up_proj/kernel" is
         `[layers, in, out]`), or each has parameters of its own ("layers/0/mlp/up_proj/kernel") and may be quantized in
@@ -196,7 +196,8 @@ def save(
       params: its parameters, quantized or not. Without a model: nested dicts, lists and tuples of arrays and QTensors.
       format: "jaxquant" keeps everything bit for bit. Others are read by vLLM and transformers, and have no place for
         channel scales, which are folded into norms and linear layers: "compressed-tensors"; "gptq" and "awq" for
-        weights with float16 scales (`scale_dtype="float16"`).
+        weights with float16 scales (`scale_dtype="float16"`); "bitsandbytes" for LLM.int8() without float weights
+        (`LLMInt8(spec=int8(narrow_range=True), outliers=0)`).
       overwrite: replaces an existing checkpoint.
 
     Raises:

@@ -65,9 +65,12 @@ def random_qtensor(shape, spec, dtype="float32", seed=0):
     scale = rng.integers(128, 256, sizes) * 2.0 ** -rng.integers(11, 15, sizes)
     zero = rng.integers(spec.min_code, spec.max_code + 1, sizes).astype(np.int8)
     scale = jnp.asarray(scale, spec.scale_dtype or dtype)
-    return jq.QTensor(
-        jnp.asarray(values), scale, None if spec.symmetric else jnp.asarray(zero), spec, dtype, (-2,), (-1,), (k,)
-    )
+    zero = None if spec.symmetric else jnp.asarray(zero)
+    q = jq.QTensor(jnp.asarray(values), scale, zero, spec, dtype, (-2,), (-1,), (k,))
+    if spec.activations is None or spec.activations.outlier_threshold is None:
+        return q
+    index, rows = jnp.zeros((*lead, 0, 1), jnp.int32), jnp.zeros((*lead, 0, n), dtype)
+    return dataclasses.replace(q, outlier_index=index, outlier_weight=rows)
 
 
 def in_order_of_groups(q, seed=0):

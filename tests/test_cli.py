@@ -119,6 +119,7 @@ def test_flags_reach_the_method(checkpoint, tmp_path, capsys):
     assert (plain != params["layers"]["mlp"]["down_proj"]["kernel"].codes).any()
 
 
+NARROW = jq.int8(narrow_range=True, scale_dtype="float32")
 G128, STATIC = jq.int4(group_size=128), jq.int8(activations=jq.ActivationSpec(static=True))
 
 
@@ -133,6 +134,7 @@ G128, STATIC = jq.int4(group_size=128), jq.int8(activations=jq.ActivationSpec(st
         ("--method awq+gptq --clip mse", jq.Chain(jq.AWQ(G128, clip="mse"), jq.GPTQ(G128, clip="mse"))),
         ("--method smoothquant --alpha 0.3", jq.SmoothQuant(0.3, jq.int8(activations=jq.ActivationSpec()))),
         ("--method llm-int8 --threshold 5", jq.LLMInt8(5.0)),
+        ("--method llm-int8 --format bitsandbytes", jq.LLMInt8(spec=NARROW, outliers=0)),
         (
             "--method smoothquant+gptq --bits 8 --per-channel --activations static",
             jq.Chain(jq.SmoothQuant(None, STATIC), jq.GPTQ(STATIC)),
@@ -151,12 +153,22 @@ def test_arguments_describe_a_method(monkeypatch, capsys, arguments, config):
     assert asked == [config]
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "awq"])
-def test_methods_that_scale_channels_reach_other_formats(checkpoint, tmp_path, capsys, format):
-    arguments = quantize_arguments(checkpoint, tmp_path / "q", "--method", "awq", "--format", format)
+@pytest.mark.parametrize(
+    ("method", "format", "used"),
+    [
+        ("awq", "compressed-tensors", {"AWQ", "RTN"}),  # o_proj has heads in common
+        ("awq", "awq", {"AWQ", "RTN"}),
+        ("llm-int8", "bitsandbytes", {"LLMInt8"}),
+    ],
+)
+def test_methods_reach_other_formats(checkpoint, tmp_path, capsys, method, format, used):
+    arguments = quantize_arguments(checkpoint, tmp_path / "q", "--method", method, "--format", format)
+    if method == "llm-int8":
+        arguments[arguments.index("--group-size")] = "--per-channel"
+        arguments.remove(32)
     status, text, error = run(capsys, *arguments, "--json")
     assert status == 0, error
-    assert {layer["method"] for layer in json.loads(text)["layers"]} == {"AWQ", "RTN"}  # o_proj has heads in common
+    assert {layer["method"] for layer in json.loads(text)["layers"]} == used
     data = ["--data", checkpoint / "held.npy", "--context", 64, "--json"]
     _, text, _ = run(capsys, "evaluate", tmp_path / "q", "--baseline", checkpoint / "model", *data)
     assert json.loads(text)["comparison"]["kl"]["mean"] < 0.1

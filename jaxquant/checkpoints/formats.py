@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxquant.checkpoints import awq, compressed_tensors, compressed_tensors_config, gptq, gptq_config
+from jaxquant.checkpoints import awq, bitsandbytes, compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from jaxquant.checkpoints.huggingface import CONFIG, OLD_CONFIGS
 from jaxquant.checkpoints.json_file import read_json
 from jaxquant.checkpoints.modules import QuantizedTensors
@@ -38,6 +38,12 @@ FOREIGN = {
         ),
     ),
     gptq_config.METHOD: Foreign(HALF, gptq_config.check_spec, gptq.write_gptq, gptq.GPTQTensors),
+    bitsandbytes.METHOD: Foreign(
+        {"narrow_range": True, "scale_dtype": "float32"},
+        bitsandbytes.check_spec,
+        bitsandbytes.write_bitsandbytes,
+        bitsandbytes.BitsAndBytesTensors,
+    ),
     awq.METHOD: Foreign(HALF, awq.check_spec, awq.write_awq, awq.AWQTensors),
 }
 
