@@ -3,8 +3,8 @@
 The arrays of each weight are described in `pack_quantized` and, where the inputs of a weight are rounded too, in
 `int_quantized`; `quantization_config` in config.json says which modules have which bits and groups.
 
-Only what the format can say is written: codes in the full range, one matrix per Linear or Embedding, scales in the
-dtype of the model (readers cast them to it).
+Only what the format can say is written: codes in the full range, one matrix per Linear or Embedding, scales that the
+dtype of the model has (readers cast them to it).
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.checkpoints import int_quantized, pack_quantized
@@ -26,11 +26,13 @@ from jaxquant.checkpoints.modules import (
     QuantizedTensors,
     check_array,
     check_matrix,
+    check_read_back,
     config_with,
+    exactly,
     one_dtype,
     quantized_modules,
 )
-from jaxquant.checkpoints.tensors import check_scale, same_bits, write_tensors
+from jaxquant.checkpoints.tensors import check_scale, write_tensors
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 
@@ -61,24 +63,22 @@ def write_compressed_tensors(
     dtype = one_dtype(quantized)
     stored = {name: leaf for name, leaf in tensors.items() if not is_qtensor(leaf)}
     for module, q in quantized.items():
-        stored |= {f"{module}.{part}": array for part, array in LAYOUTS[format_of(q.spec)].pack(q).items()}
+        arrays = LAYOUTS[format_of(q.spec)].pack(_with_scales_of(q, dtype))
+        stored |= {f"{module}.{part}": array for part, array in arrays.items()}
     write_tensors(directory, stored)
-    quantization_config = describe({module: q.spec for module, q in quantized.items()}, classes)
+    specs = {module: dataclasses.replace(q.spec, scale_dtype=None) for module, q in quantized.items()}
+    quantization_config = describe(specs, classes)
     write_json(directory / CONFIG, config_with(hf_config, dtype, quantization_config))
-    read = CompressedTensors(directory, quantization_config, classes)
-    for module, q in quantized.items():
-        again = read[f"{module}.weight"]
-        if not all(same_bits(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True)):
-            raise OSError(f"{directory}: {module} reads back differently from what was written; check the disk")
+    check_read_back(directory, CompressedTensors(directory, quantization_config, classes), quantized)
 
 
 class CompressedTensors(QuantizedTensors):
     """The tensors of a compressed-tensors directory. Embeddings may be quantized too."""
 
     def __init__(self, directory: Path, quantization_config: Mapping[str, Any], classes: Mapping[str, str]):
+        groups = read_groups(quantization_config)
         super().__init__(directory, PARTS)
         self._classes = classes
-        groups = read_groups(quantization_config)
         self.specs = {f"{m}.weight": find_spec(m, classes.get(m, "Linear"), groups) for m in self._parts}
         for module, found in self._parts.items():
             self._check(module, found)
@@ -168,8 +168,16 @@ def _check_qtensor(q: QTensor, kind: str) -> None:
         raise ValueError("its inputs are token ids, which cannot be rounded; leave out `activations`")
     if q.input_order is not None:
         raise ValueError("its codes are not in the order of the inputs; use format='gptq'")
-    if q.dtype not in MODEL_DTYPES or q.scale.dtype.name != q.dtype:
+    if q.dtype not in MODEL_DTYPES:
+        raise ValueError(f"it stands for {q.dtype}; cast it to one of {', '.join(MODEL_DTYPES)}")
+    if any(scale is not None and exactly(scale, q.dtype) is None for scale in (q.scale, q.input_scale)):
         raise ValueError(
-            f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so "
-            f"both must be the same one of {', '.join(MODEL_DTYPES)}"
+            f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, which "
+            "would change them"
         )
+
+
+def _with_scales_of(q: QTensor, dtype: str) -> QTensor:
+    """The same weight with its scales, which must be numbers of a dtype, in it."""
+    input_scale = None if q.input_scale is None else jnp.asarray(q.input_scale, dtype)
+    return dataclasses.replace(q, scale=jnp.asarray(q.scale, dtype), input_scale=input_scale)
