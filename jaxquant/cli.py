@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxquant import inspection, workflows
+from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.methods.awq import AWQ
 from jaxquant.methods.chain import Chain
 from jaxquant.methods.gptq import GPTQ
@@ -26,6 +27,7 @@ from jaxquant.methods.rtn import RTN
 from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
+from jaxquant.pretrained import Format
 from jaxquant.transforms.stream import Predecessors
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
@@ -116,7 +118,7 @@ def _add_quantize(commands) -> None:
     parser.add_argument(
         "--seq-len", type=int, default=512, metavar="T", help="tokens per sample (default: %(default)s)"
     )
-    parser.add_argument("--format", choices=("jaxquant", "compressed-tensors"), default="jaxquant",
+    parser.add_argument("--format", choices=get_args(Format), default="jaxquant",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--predecessors", choices=get_args(Predecessors), default="quantized",
                         help="calibrate each layer behind the quantized layers before it, or behind the float ones "
@@ -204,14 +206,16 @@ def _method_config(args) -> Any:
     kind = args.activations or ("dynamic" if args.method == "smoothquant" else "none")
     activations = None if kind == "none" else ActivationSpec(static=kind == "static")
     group_size = None if args.per_channel else group_size
-    spec = QuantSpec(bits=bits, group_size=group_size, symmetric=not args.asymmetric, activations=activations)
+    scales = FOREIGN[args.format].fields if args.format in FOREIGN else {}
+    spec = QuantSpec(bits, group_size, not args.asymmetric, activations=activations, **scales)
+    outliers = 0 if args.format == "bitsandbytes" else None  # has no place for float weights
     gptq = {"act_order": not args.no_act_order, "clip": args.clip, "refine": args.refine or 0}
     made = {
         "rtn": lambda: RTN(spec, clip=args.clip),
         "gptq": lambda: GPTQ(spec, **gptq),
         "awq": lambda: AWQ(spec, clip=args.clip or AWQ.clip),
         "smoothquant": lambda: SmoothQuant(args.alpha, spec),
-        "llm-int8": lambda: LLMInt8(LLMInt8.threshold if args.threshold is None else args.threshold, spec),
+        "llm-int8": lambda: LLMInt8(LLMInt8.threshold if args.threshold is None else args.threshold, spec, outliers),
     }
     configs = [made[step]() for step in steps]
     return configs[0] if len(configs) == 1 else Chain(*configs)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxquant.checkpoints.compressed_tensors import configuration, write_compressed_tensors
+from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions
 from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.native import header_of, spec_of, write_header, write_tree
@@ -54,7 +54,7 @@ class ModelParts:
             return self._write_tree(directory, {"layers": {str(layer): unstack_layers(params)["layers"]["0"]}})
         config = self.model.config
         tensors = some_tensors(config, fold(params, self.model.fold_pairs), range(layer, layer + 1))
-        write_compressed_tensors(directory, {}, tensors, modules(config))
+        FOREIGN[self.format].write(directory, {}, tensors, modules(config))
         quantized = {name.removesuffix(".weight"): leaf for name, leaf in tensors.items() if is_qtensor(leaf)}
         dtype = next(iter(quantized.values())).dtype
         return {"specs": {name: dataclasses.asdict(q.spec) for name, q in quantized.items()}, "dtype": dtype}
@@ -79,8 +79,8 @@ class ModelParts:
             write_json(directory / CONFIG, hf_config)
         else:
             specs = {name: spec_of(spec) for note in notes for name, spec in note.get("specs", {}).items()}
-            config = configuration(hf_config, specs, notes[0]["dtype"], modules(self.model.config))
-            write_json(directory / CONFIG, config)
+            write_config = FOREIGN[self.format].write_config
+            write_config(directory, hf_config, notes[0]["dtype"], specs, modules(self.model.config))
         if source is not None:
             copy_companions(Path(source), directory)
 

@@ -13,16 +13,11 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from jaxquant.checkpoints.compressed_tensors import (
-    MODEL_DTYPES,
-    CompressedTensors,
-    check_floats,
-    write_compressed_tensors,
-)
-from jaxquant.checkpoints.compressed_tensors_config import METHOD, check_spec
 from jaxquant.checkpoints.directory import check_new_directory, new_directory
+from jaxquant.checkpoints.formats import FOREIGN, quantization_config
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
 from jaxquant.checkpoints.json_file import read_json, write_json
+from jaxquant.checkpoints.modules import MODEL_DTYPES, QuantizedTensors, check_floats
 from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
 from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.kernels.prepare import prepare
@@ -48,7 +43,7 @@ from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.fold import fold
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
-Format = Literal["jaxquant", "compressed-tensors"]
+Format = Literal["jaxquant", "compressed-tensors", "gptq", "awq", "bitsandbytes"]
 SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
 _ONE_SPEC = "and a stack of layers has one spec"
 _STORAGE = "quantization_config"  # how the tensors were stored, which is no property of the loaded model
@@ -71,8 +66,8 @@ def load_pretrained(
 
     Args:
       name: a local directory, a hub id ("owner/model"), or "tinylm", the model in the package. Read are float
-        checkpoints in safetensors, what `save` writes in any format, and compressed-tensors' `pack-quantized`
-        and `int-quantized` weights from elsewhere.
+        checkpoints in safetensors, what `save` writes in any format, and quantized weights from elsewhere: GPTQ, AWQ
+        (gemm), compressed-tensors' `pack-quantized` and `int-quantized`, bitsandbytes' LLM.int8().
       dtype: of the computation; None takes that of the largest parameter.
       stacked: whether the layers are stacked, so that a scan runs over them ("layers/mlp/up_proj/kernel" is
         `[layers, in, out]`), or each has parameters of its own ("layers/0/mlp/up_proj/kernel") and may be quantized in
@@ -166,7 +161,7 @@ class Checkpoint:
     @property
     def uneven(self) -> str | None:
         """Why its layers cannot be stacked; None if they can."""
-        if isinstance(self.source, CompressedTensors):
+        if isinstance(self.source, QuantizedTensors):
             return _uneven(self.model.config, self.source.specs)
         if not isinstance(self.source, dict) or is_stacked(self.source):
             return None
@@ -189,7 +184,7 @@ class Checkpoint:
         """Whether some of it is quantized."""
         if isinstance(self.source, dict):
             return any(map(is_qtensor, jax.tree.leaves(self.source, is_leaf=is_qtensor)))
-        return isinstance(self.source, CompressedTensors)
+        return isinstance(self.source, QuantizedTensors)
 
 
 def open_pretrained(name: str | os.PathLike) -> Checkpoint:
@@ -198,16 +193,16 @@ def open_pretrained(name: str | os.PathLike) -> Checkpoint:
     if holds_bare_tree(directory):
         raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
     hf_config = read_json(directory / CONFIG)
-    storage = hf_config.pop(_STORAGE, None)
-    model = Model.from_hf({**hf_config, SOURCE: os.path.abspath(directory)})
+    plain = {key: value for key, value in hf_config.items() if key != _STORAGE}
+    model = Model.from_hf({**plain, SOURCE: os.path.abspath(directory)})
     if (directory / HEADER).is_file():
         source = read_tree(directory)
         _check_parameters(model.config, source, is_stacked(source))
     else:
-        source = _open(directory, storage, model.config)
+        source = _open(directory, hf_config, model.config)
         check_names(model.config, source)
         check_dtypes(model.config, source.dtype)
-        if isinstance(source, CompressedTensors):
+        if isinstance(source, QuantizedTensors):
             _check_experts(directory, model.config, source.specs)
     return Checkpoint(directory, model, source)
 
@@ -223,8 +218,10 @@ def save(
       path: the directory; it appears whole or not at all, after what was written has been read back.
       model: the model from `load_pretrained`. None writes a bare tree of any shape, for `load`.
       params: its parameters, quantized or not. Without a model: nested dicts, lists and tuples of arrays and QTensors.
-      format: "jaxquant" keeps everything bit for bit; "compressed-tensors" is read by vLLM and transformers, and has
-        no place for channel scales, which are folded into norms and linear layers.
+      format: "jaxquant" keeps everything bit for bit. Others are read by vLLM and transformers, and have no place for
+        channel scales, which are folded into norms and linear layers: "compressed-tensors"; "gptq" and "awq" for
+        weights with float16 scales (`scale_dtype="float16"`); "bitsandbytes" for LLM.int8() without float weights
+        (`LLMInt8(spec=int8(narrow_range=True), outliers=0)`).
       overwrite: replaces an existing checkpoint.
 
     Raises:
@@ -252,8 +249,8 @@ def check_save(
 ) -> None:
     """Checks, before hours of work, that `save` could write codes of `spec`. Arguments and errors as there."""
     _check_format(format)
-    if format == "compressed-tensors":
-        check_spec(spec)
+    if format in FOREIGN:
+        FOREIGN[format].check_spec(spec)
     check_new_directory(path, overwrite=overwrite)
 
 
@@ -292,16 +289,20 @@ def stored_tensors(directory: Path, config: DecoderConfig) -> Tensors:
     return tensors.renamed(full_names(config, tensors))
 
 
-def _open(directory: Path, storage: Any, config: DecoderConfig) -> Tensors | CompressedTensors:
+def _open(directory: Path, hf_config: Mapping[str, Any], config: DecoderConfig) -> Tensors | QuantizedTensors:
     """The tensors of a Hugging Face directory."""
+    storage = quantization_config(directory, hf_config)
     if storage is None:
         floats = stored_tensors(directory, config)
         check_floats(directory, floats, [name for name in floats if not holds_nothing(config, name)])
         return floats
-    method = storage.get("quant_method") if isinstance(storage, dict) else storage
-    if method != METHOD:
-        raise ValueError(f"{directory / CONFIG}: quant_method={method!r} is not read; supported: {METHOD}")
-    return CompressedTensors(directory, storage, modules(config))
+    dtype = hf_config.get("dtype", hf_config.get("torch_dtype"))
+    read = FOREIGN[storage["quant_method"]].read
+    source = read(directory, storage, modules(config), tensor_paths(config).keys(), dtype)
+    head = FAMILIES[config.architecture].head.name
+    if config.tie_embeddings and head in source.specs:
+        raise ValueError(f"{directory}: {head} is quantized, but the output head is the embedding of this model")
+    return source
 
 
 def _uneven(config: DecoderConfig, specs: Mapping[str, QuantSpec]) -> str | None:
@@ -345,10 +346,10 @@ def _write_model(directory: Path, model: Model, params: Any, format: Format) -> 
     else:
         if model.config.tie_embeddings and is_qtensor(params["embed_tokens"]["embedding"]):
             raise ValueError(
-                "embed_tokens/embedding is the output head too, and readers of compressed-tensors cannot share a "
-                "quantized weight; leave it as it is, or format='jaxquant'"
+                f"embed_tokens/embedding is the output head too, and readers of {format} cannot share a quantized "
+                "weight; leave it as it is, or format='jaxquant'"
             )
         tensors = tensors_from_params(model.config, fold(params, model.fold_pairs))
-        write_compressed_tensors(directory, hf_config, tensors, modules(model.config))
+        FOREIGN[format].write(directory, hf_config, tensors, modules(model.config))
     if source is not None:
         copy_companions(Path(source), directory)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import pretrained
+from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.evaluation import hub_data
 from jaxquant.evaluation.corpus import standard_library_text
 from jaxquant.evaluation.data import (
@@ -165,7 +166,7 @@ def quantize_checkpoint(
       calibration: file of text or token ids, or a data set of the Hugging Face hub; None is the built-in text. A method
         that needs no statistics is calibrated only if this is given, for the errors in the report.
       num_samples, seq_len, field, pad, seed: as `count`, `length` and so on for `calibration_samples`.
-      format: "jaxquant" or "compressed-tensors".
+      format: as in `save`.
       predecessors: what a layer is calibrated behind: the layers before it as they are "quantized", or "float".
       overwrite: replaces an existing checkpoint.
       resume: continues a run with the same arguments that was not finished, and gives what it would have given. Without
@@ -188,7 +189,7 @@ def quantize_checkpoint(
     if checkpoint.is_quantized:
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
     model, samples, how = checkpoint.model, None, dict[str, Any]()
-    rules = model.layer_rules(config, foldable=format != "jaxquant")
+    rules = model.layer_rules(config, foldable=format in FOREIGN)
     if needs_statistics(config) or calibration is not None:
         how = {"field": field, "pad": pad, "seed": seed}
         samples = calibration_samples(model, TextSource(directory), calibration, num_samples, seq_len, **how)

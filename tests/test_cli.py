@@ -61,8 +61,11 @@ def quantize_arguments(checkpoint, out, *more):
     return ["quantize", checkpoint / "model", "--out", out, "--group-size", 32, *files, *more]
 
 
-@pytest.mark.parametrize("format", ["jaxquant", "compressed-tensors"])
-def test_quantize_evaluate_inspect(checkpoint, tmp_path, capsys, format):
+@pytest.mark.parametrize(
+    ("format", "scale_bytes", "others"),  # what is stored beside codes and scales: shapes; zero points and groups
+    [("jaxquant", 4, 0), ("compressed-tensors", 4, 2 * 16), ("gptq", 2, 2 * (2 * 128 * 3 // 8 + 64 * 4))],
+)
+def test_quantize_evaluate_inspect(checkpoint, tmp_path, capsys, format, scale_bytes, others):
     out = tmp_path / "q"
     status, text, _ = run(capsys, *quantize_arguments(checkpoint, out, "--format", format, "--bits", 3, "--json"))
     report = json.loads(text)
@@ -84,10 +87,9 @@ def test_quantize_evaluate_inspect(checkpoint, tmp_path, capsys, format):
     leaves = {leaf["path"]: leaf for leaf in json.loads(text)["leaves"]}
     assert status == 0
     assert leaves["layers/mlp/up_proj/kernel"]["stored_as"] == "3 bits, groups of 32, symmetric"
-    # 3 bits a code and one float32 scale a group of 32
-    size = 2 * 64 * 128 * 3 // 8 + 2 * 2 * 128 * 4
+    size = 2 * 64 * 128 * 3 // 8 + 2 * 2 * 128 * scale_bytes  # 3 bits a code and one scale a group of 32
     assert leaves["layers/mlp/up_proj/kernel"]["nbytes"] == size
-    assert leaves["layers/mlp/up_proj/kernel"]["stored_nbytes"] == size + (16 * 2 if "-" in format else 0)  # shapes
+    assert leaves["layers/mlp/up_proj/kernel"]["stored_nbytes"] == size + others
     assert leaves["embed_tokens/embedding"]["stored_as"] == "float32"
 
 
@@ -117,6 +119,7 @@ def test_flags_reach_the_method(checkpoint, tmp_path, capsys):
     assert (plain != params["layers"]["mlp"]["down_proj"]["kernel"].codes).any()
 
 
+NARROW = jq.int8(narrow_range=True, scale_dtype="float32")
 G128, STATIC = jq.int4(group_size=128), jq.int8(activations=jq.ActivationSpec(static=True))
 
 
@@ -124,12 +127,14 @@ G128, STATIC = jq.int4(group_size=128), jq.int8(activations=jq.ActivationSpec(st
     ("arguments", "config"),
     [
         ("", jq.GPTQ(jq.int4(group_size=128))),
+        ("--format gptq", jq.GPTQ(jq.int4(group_size=128, scale_dtype="float16"))),
         ("--clip diagonal --refine 2", jq.GPTQ(jq.int4(group_size=128), clip="diagonal", refine=2)),
         ("--method rtn --clip mse --bits 3", jq.RTN(jq.int3(group_size=128), clip="mse")),
         ("--method awq --asymmetric", jq.AWQ(jq.int4(group_size=128, symmetric=False))),
         ("--method awq+gptq --clip mse", jq.Chain(jq.AWQ(G128, clip="mse"), jq.GPTQ(G128, clip="mse"))),
         ("--method smoothquant --alpha 0.3", jq.SmoothQuant(0.3, jq.int8(activations=jq.ActivationSpec()))),
         ("--method llm-int8 --threshold 5", jq.LLMInt8(5.0)),
+        ("--method llm-int8 --format bitsandbytes", jq.LLMInt8(spec=NARROW, outliers=0)),
         (
             "--method smoothquant+gptq --bits 8 --per-channel --activations static",
             jq.Chain(jq.SmoothQuant(None, STATIC), jq.GPTQ(STATIC)),
@@ -148,11 +153,22 @@ def test_arguments_describe_a_method(monkeypatch, capsys, arguments, config):
     assert asked == [config]
 
 
-def test_methods_that_scale_channels_reach_other_formats(checkpoint, tmp_path, capsys):
-    arguments = quantize_arguments(checkpoint, tmp_path / "q", "--method", "awq", "--format", "compressed-tensors")
+@pytest.mark.parametrize(
+    ("method", "format", "used"),
+    [
+        ("awq", "compressed-tensors", {"AWQ", "RTN"}),  # o_proj has heads in common
+        ("awq", "awq", {"AWQ", "RTN"}),
+        ("llm-int8", "bitsandbytes", {"LLMInt8"}),
+    ],
+)
+def test_methods_reach_other_formats(checkpoint, tmp_path, capsys, method, format, used):
+    arguments = quantize_arguments(checkpoint, tmp_path / "q", "--method", method, "--format", format)
+    if method == "llm-int8":
+        arguments[arguments.index("--group-size")] = "--per-channel"
+        arguments.remove(32)
     status, text, error = run(capsys, *arguments, "--json")
     assert status == 0, error
-    assert {layer["method"] for layer in json.loads(text)["layers"]} == {"AWQ", "RTN"}  # o_proj has heads in common
+    assert {layer["method"] for layer in json.loads(text)["layers"]} == used
     data = ["--data", checkpoint / "held.npy", "--context", 64, "--json"]
     _, text, _ = run(capsys, "evaluate", tmp_path / "q", "--baseline", checkpoint / "model", *data)
     assert json.loads(text)["comparison"]["kl"]["mean"] < 0.1

@@ -244,7 +244,10 @@ REFUSED = {
     "embedding": ({"model.embed.weight": weight(INT4)}, r"contracted over \(-2,\); expected the matrix of a Embedding"),
     "stacked": ({UP: weight(INT4, (2, 64, 8))}, r"\[2, 64, 8\] contracted over \(-2,\); expected the matrix of a"),
     "transposed": ({UP: weight(INT4, contract=(-1,), out=(-2,), shape=(8, 64))}, r"contracted over \(-1,\)"),
-    "other scales": ({UP: bfloat16_scales(weight(INT4))}, "stands for float32 and has bfloat16 scales"),
+    "other scales": (
+        {UP: dataclasses.replace(weight(INT4), dtype="bfloat16")},
+        "stands for bfloat16 and has float32 scales; .* which would change them",
+    ),
     "float64": ({UP: weight(INT4), "x": np.ones(3)}, "x: it is float64; cast it to one of float32"),
     "two dtypes": (
         {UP: weight(INT4), "lm_head.weight": bfloat16_scales(weight(INT4), dtype="bfloat16")},

@@ -164,6 +164,18 @@ def test_what_is_saved_is_loaded_bit_for_bit_with_its_companions(checkpoints, tm
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16"])
+def test_scales_that_the_model_dtype_has_are_written_in_it(checkpoints, tmp_path, scale_dtype):
+    model, params = jq.load_pretrained(checkpoints())
+    qparams = quantized(params, jq.int4(group_size=32, scale_dtype=scale_dtype))
+    jq.save(tmp_path / "out", model, qparams, format="compressed-tensors")
+    _, read = jq.load_pretrained(tmp_path / "out")
+    for q, again in zip(*(jax.tree.leaves(p, is_leaf=is_qtensor) for p in (qparams, read)), strict=True):
+        if is_qtensor(q):
+            assert same_bits(again.values, q.values)
+            assert same_bits(again.scale, q.scale.astype(jnp.float32))
+
+
 def test_float_parameters_are_saved_natively_and_not_as_compressed_tensors(checkpoints, tmp_path):
     model, params = jq.load_pretrained(checkpoints())
     jq.save(tmp_path / "out", model, params)
@@ -206,7 +218,7 @@ def test_the_packaged_model(tmp_path):
     ("spec", "message"),
     [
         (jq.int8(narrow_range=True), "narrow_range has no place in the format"),
-        (jq.int8(scale_dtype="bfloat16"), "stands for float32 and has bfloat16 scales"),
+        (jq.int8(granularity="per_tensor"), "granularity per_tensor is not supported"),
     ],
 )
 def test_what_compressed_tensors_cannot_say_is_refused_and_nothing_is_left(checkpoints, tmp_path, spec, message):
@@ -321,10 +333,10 @@ def test_layers_that_are_quantized_differently_cannot_be_stacked(checkpoints, tm
             r"architectures=\['BertLMHeadModel'\] is not supported",
         ),
         (
-            lambda c: c.update(quantization_config={"quant_method": "gptq"}),
-            "quant_method='gptq' is not read; supported",
+            lambda c: c.update(quantization_config={"quant_method": "hqq"}),
+            "quant_method='hqq' is not read; supported",
         ),
-        (lambda c: c.update(quantization_config="gptq"), "quant_method='gptq' is not read; supported"),
+        (lambda c: c.update(quantization_config="hqq"), "quant_method='hqq' is not read; supported"),
         (lambda c: c.update(quantization_config={}), "quant_method=None is not read"),
         (lambda c: c.update(num_hidden_layers=3), "model.layers.2.* missing from the checkpoint"),
         (lambda c: c.update(vocab_size=97), "has shape .*the configuration says"),

@@ -3,29 +3,39 @@
 The arrays of each weight are described in `pack_quantized` and, where the inputs of a weight are rounded too, in
 `int_quantized`; `quantization_config` in config.json says which modules have which bits and groups.
 
-Only what the format can say is written: codes in the full range, one matrix per Linear or Embedding, scales in the
-dtype of the model (readers cast them to it).
+Only what the format can say is written: codes in the full range, one matrix per Linear or Embedding, scales that the
+dtype of the model has (readers cast them to it).
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.checkpoints import int_quantized, pack_quantized
-from jaxquant.checkpoints.compressed_tensors_config import AXES, check_spec, describe, find_spec, format_of, read_groups
+from jaxquant.checkpoints.compressed_tensors_config import check_spec, describe, find_spec, format_of, read_groups
 from jaxquant.checkpoints.huggingface import CONFIG
 from jaxquant.checkpoints.int_quantized import INPUT_ZERO
 from jaxquant.checkpoints.json_file import write_json
-from jaxquant.checkpoints.tensors import Tensors, check_scale, same_bits, write_tensors
+from jaxquant.checkpoints.modules import (
+    AXES,
+    MODEL_DTYPES,
+    QuantizedTensors,
+    check_array,
+    check_matrix,
+    check_read_back,
+    config_with,
+    exactly,
+    one_dtype,
+    quantized_modules,
+)
+from jaxquant.checkpoints.tensors import check_scale, write_tensors
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 
-MODEL_DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = {layout.FORMAT: layout for layout in (pack_quantized, int_quantized)}
 PARTS = {part for layout in LAYOUTS.values() for part in layout.PARTS}
 
@@ -48,73 +58,53 @@ def write_compressed_tensors(
       ValueError: something cannot be expressed in the format, or nothing is quantized. Nothing has been written then.
       OSError: the disk refuses, or what it returns is not what was written.
     """
-    quantized = {name.removesuffix(".weight"): leaf for name, leaf in tensors.items() if is_qtensor(leaf)}
-    _check_expressible(tensors, quantized, classes)
+    quantized = quantized_modules(tensors, "compressed-tensors")
+    _check_expressible(tensors, classes)
+    dtype = one_dtype(quantized)
     stored = {name: leaf for name, leaf in tensors.items() if not is_qtensor(leaf)}
     for module, q in quantized.items():
-        stored |= {f"{module}.{part}": array for part, array in LAYOUTS[format_of(q.spec)].pack(q).items()}
+        arrays = LAYOUTS[format_of(q.spec)].pack(_with_scales_of(q, dtype))
+        stored |= {f"{module}.{part}": array for part, array in arrays.items()}
     write_tensors(directory, stored)
-    dtype = next(iter(quantized.values())).dtype
-    config = configuration(hf_config, {module: q.spec for module, q in quantized.items()}, dtype, classes)
-    write_json(directory / CONFIG, config)
-    read = CompressedTensors(directory, config["quantization_config"], classes)
-    for module, q in quantized.items():
-        again = read[f"{module}.weight"]
-        if not all(same_bits(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True)):
-            raise OSError(f"{directory}: {module} reads back differently from what was written; check the disk")
+    specs = {module: q.spec for module, q in quantized.items()}
+    quantization_config = write_config(directory, hf_config, dtype, specs, classes)
+    check_read_back(directory, CompressedTensors(directory, quantization_config, classes), quantized)
 
 
-def configuration(
-    hf_config: Mapping[str, Any], specs: Mapping[str, QuantSpec], dtype: str, classes: Mapping[str, str]
+def write_config(
+    directory: Path,
+    hf_config: Mapping[str, Any],
+    dtype: str,
+    specs: Mapping[str, QuantSpec],
+    classes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The config.json of a model whose modules `specs` are quantized and stand for weights of `dtype`."""
-    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]  # transformers 5 and 4
-    return {**hf_config, **dict.fromkeys(dtype_keys, dtype), "quantization_config": describe(specs, classes)}
+    """Writes the config.json of a model whose modules `specs` are quantized and stand for weights of `dtype`.
 
-
-def check_floats(directory: Path, tensors: Tensors, names: Iterable[str]) -> None:
-    """Raises ValueError for the first of some tensors of a directory that holds no parameter of a float model."""
-    for name in sorted(names):
-        dtype, _ = tensors.layout(name)
-        if dtype not in MODEL_DTYPES:
-            raise ValueError(f"{directory}: tensor {name} is {dtype}; expected one of {', '.join(MODEL_DTYPES)}")
-
-
-class CompressedTensors(Mapping[str, Any]):
-    """The tensors of a compressed-tensors directory by name, each read when it is asked for.
-
-    Quantized weights are QTensors under the name of the weight, `[in, out]`, or `[rows, features]` for an embedding;
-    others NumPy arrays `[out, in]` as stored.
-
-    Attributes:
-      specs: of the quantized weights, by name.
-
-    Raises, when it is made:
-      FileNotFoundError, ValueError: as `Tensors`; or the configuration is not understood, or does not fit the tensors.
+    Returns the `quantization_config` in it.
     """
+    specs = {module: dataclasses.replace(spec, scale_dtype=None) for module, spec in specs.items()}
+    quantization_config = describe(specs, classes)
+    write_json(directory / CONFIG, config_with(hf_config, dtype, quantization_config))
+    return quantization_config
+
+
+class CompressedTensors(QuantizedTensors):
+    """The tensors of a compressed-tensors directory. Embeddings may be quantized too."""
 
     def __init__(self, directory: Path, quantization_config: Mapping[str, Any], classes: Mapping[str, str]):
-        self._tensors, self._classes = Tensors(directory), classes
         groups = read_groups(quantization_config)
-        parts: dict[str, set[str]] = {}
-        for name in self._tensors:
-            module, _, part = name.rpartition(".")
-            parts.setdefault(module, set()).add(part)
-        modules = sorted(module for module, found in parts.items() if found & PARTS)
-        self.specs = {f"{m}.weight": find_spec(m, classes.get(m, "Linear"), groups) for m in modules}
-        self._parts = {m: self._check(m, parts[m] - {"bias"}) for m in modules}
-        quantized = {f"{m}.{part}" for m, found in self._parts.items() for part in found}
-        self._plain = {name for name in self._tensors if name not in quantized}
-        check_floats(directory, self._tensors, self._plain)
-        scales = {name for name in quantized if name.endswith("_scale")}
+        super().__init__(directory, PARTS)
+        self._classes = classes
+        self.specs = {f"{m}.weight": find_spec(m, classes.get(m, "Linear"), groups) for m in self._parts}
+        for module, found in self._parts.items():
+            self._check(module, found)
+        scales = {f"{m}.{part}" for m, found in self._parts.items() for part in found if part.endswith("_scale")}
         dtypes = {self._tensors.layout(name)[0] for name in scales}
         if not dtypes <= {*MODEL_DTYPES} or len(dtypes) > 1:
             raise ValueError(f"{directory}: scales of {sorted(dtypes)}; expected one of {', '.join(MODEL_DTYPES)}")
 
-    def __getitem__(self, name: str) -> Any:
-        if name in self._plain:
-            return self._tensors[name]
-        spec, module = self.specs[name], name.removesuffix(".weight")
+    def _unpack(self, module: str) -> QTensor:
+        spec = self.specs[f"{module}.weight"]
         arrays = {part: self._tensors[f"{module}.{part}"] for part in self._parts[module]}
         for part in sorted(arrays):
             if part.endswith("_scale"):
@@ -130,15 +120,8 @@ class CompressedTensors(Mapping[str, Any]):
         """NumPy's name for the dtype of a tensor, or of the weight that a QTensor stands for."""
         return self._tensors.dtype(name if name in self._plain else f"{name.removesuffix('.weight')}.weight_scale")
 
-    def __iter__(self) -> Iterator[str]:
-        yield from self._plain
-        yield from self.specs
-
-    def __len__(self) -> int:
-        return len(self._plain) + len(self.specs)
-
-    def _check(self, module: str, found: set[str]) -> set[str]:
-        """Compares the parts of a weight with its spec; returns those that there are."""
+    def _check(self, module: str, found: set[str]) -> None:
+        """Compares the parts of a weight with its spec."""
         spec = self.specs[f"{module}.weight"]
         layout = LAYOUTS[format_of(spec)]
         missing = sorted(layout.REQUIRED - found)
@@ -164,7 +147,6 @@ class CompressedTensors(Mapping[str, Any]):
                     f"{module}.{part} is {dtype}{list(shape)}, which does not fit {spec}; expected "
                     f"{layout.DTYPES.get(part, '')}{list(allowed[0])}"
                 )
-        return found
 
     def _matrix_shape(self, module: str, spec: QuantSpec) -> tuple[int, int]:
         """Outputs and inputs of a weight."""
@@ -178,16 +160,12 @@ class CompressedTensors(Mapping[str, Any]):
         return shape[0], shape[1]
 
 
-def _check_expressible(
-    tensors: Mapping[str, Any], quantized: Mapping[str, QTensor], classes: Mapping[str, str]
-) -> None:
+def _check_expressible(tensors: Mapping[str, Any], classes: Mapping[str, str]) -> None:
     """Raises ValueError for the first thing that the format cannot say."""
-    if not quantized:
-        raise ValueError("nothing is quantized, and compressed-tensors stores quantized models; use format='jaxquant'")
     for name, leaf in tensors.items():
         try:
             if not is_qtensor(leaf):
-                _check_array(leaf)
+                check_array(leaf)
             elif name.removesuffix(".weight") not in classes:
                 raise ValueError(
                     "it is quantized but no Linear or Embedding of the model; leave it as it is, or format='jaxquant'"
@@ -196,33 +174,26 @@ def _check_expressible(
                 _check_qtensor(leaf, classes[name.removesuffix(".weight")])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    dtypes = sorted({q.dtype for q in quantized.values()})
-    if len(dtypes) > 1:
-        raise ValueError(f"the quantized weights stand for weights of {dtypes}, but the format has one dtype per model")
 
 
 def _check_qtensor(q: QTensor, kind: str) -> None:
     q.validate()
     check_spec(q.spec)
-    if q.ndim != 2 or (q.contract, q.out) != AXES[kind]:
-        raise ValueError(
-            f"{list(q.shape)} contracted over {q.contract}; expected the matrix of a {kind}, contracted over "
-            f"{AXES[kind][0]}"
-        )
-    if q.channel_scale is not None:
-        raise ValueError(
-            "it has a channel scale that cannot be folded away, and the format has no place for one; quantize with "
-            "model.recipe(config, foldable=True), or format='jaxquant'"
-        )
+    check_matrix(q, kind)
     if kind == "Embedding" and q.spec.activations is not None:
         raise ValueError("its inputs are token ids, which cannot be rounded; leave out `activations`")
-    if q.dtype not in MODEL_DTYPES or q.scale.dtype.name != q.dtype:
+    if q.input_order is not None:
+        raise ValueError("its codes are not in the order of the inputs; use format='gptq'")
+    if q.dtype not in MODEL_DTYPES:
+        raise ValueError(f"it stands for {q.dtype}; cast it to one of {', '.join(MODEL_DTYPES)}")
+    if any(scale is not None and exactly(scale, q.dtype) is None for scale in (q.scale, q.input_scale)):
         raise ValueError(
-            f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, so "
-            f"both must be the same one of {', '.join(MODEL_DTYPES)}"
+            f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, which "
+            "would change them"
         )
 
 
-def _check_array(array: Any) -> None:
-    if jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.name not in MODEL_DTYPES:
-        raise ValueError(f"it is {array.dtype}; cast it to one of {', '.join(MODEL_DTYPES)}")
+def _with_scales_of(q: QTensor, dtype: str) -> QTensor:
+    """The same weight with its scales, which must be numbers of a dtype, in it."""
+    input_scale = None if q.input_scale is None else jnp.asarray(q.input_scale, dtype)
+    return dataclasses.replace(q, scale=jnp.asarray(q.scale, dtype), input_scale=input_scale)

@@ -5,20 +5,19 @@ they do not know, so exactly theirs are written. A config group names its module
 regular expression ("re:...") that matches from the start of the name.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxquant.checkpoints import int_quantized, pack_quantized
+from jaxquant.checkpoints.modules import Understood, check_understood
+from jaxquant.checkpoints.patterns import matches, patterns_of
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
 METHOD = "compressed-tensors"
 MIXED = "mixed-precision"  # modules of several formats in one model
 FORMATS = (pack_quantized.FORMAT, int_quantized.FORMAT)
-AXES = {"Linear": ((-2,), (-1,)), "Embedding": ((-1,), (-2,))}  # contract and out of the weights of a class of modules
 
-# What is understood of each key when a configuration is read: its values, or None where any will do.
-Understood = Mapping[str, tuple | None]
+# What is understood of each key when a configuration is read.
 _TOP: Understood = {
     "quant_method": (METHOD,),
     "format": (*FORMATS, MIXED),
@@ -108,7 +107,7 @@ def read_groups(quantization_config: Mapping[str, Any]) -> list[Group]:
     Raises:
       ValueError: a key or a value is not understood.
     """
-    _check("quantization_config", quantization_config, _TOP)
+    check_understood("quantization_config", quantization_config, _TOP)
     groups, format = quantization_config.get("config_groups"), quantization_config.get("format")
     if not isinstance(groups, dict):
         raise ValueError(f"quantization_config: config_groups={groups!r} is not supported; expected named groups")
@@ -158,25 +157,17 @@ def _targets(spec: QuantSpec, specs: Mapping[str, QuantSpec], classes: Mapping[s
     """What names the modules of one spec and no module of another."""
     if set(specs.values()) == {spec}:
         return sorted({classes[module] for module in specs}, reverse=True)
-    patterns: dict[str, set[QuantSpec]] = {}
-    for module, other in specs.items():
-        patterns.setdefault(_pattern(module), set()).add(other)
+    patterns = patterns_of(specs)
     mine = [module for module, other in specs.items() if other == spec]
-    return list(dict.fromkeys(p if len(patterns[p := _pattern(m)]) == 1 else m for m in mine))
-
-
-def _pattern(module: str) -> str:
-    """A pattern for the module and its like in all layers (and experts)."""
-    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in module.split("."))
-    return "re:^" + r"\.".join(parts) + "$"
+    return list(dict.fromkeys(m if (pattern := patterns[m]) is None else f"re:{pattern}" for m in mine))
 
 
 def _read_group(where: str, group: Any, format: Any) -> Group:
-    _check(where, group, _GROUP)
+    check_understood(where, group, _GROUP)
     weights, targets, activations = group.get("weights"), group.get("targets"), group.get("input_activations")
-    _check(f"{where}: weights", weights, _WEIGHTS)
+    check_understood(f"{where}: weights", weights, _WEIGHTS)
     if activations is not None:
-        _check(f"{where}: input_activations", activations, _ACTIVATIONS)
+        check_understood(f"{where}: input_activations", activations, _ACTIVATIONS)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{where}: targets={targets!r} is not supported; expected names")
     strategy, group_size = weights.get("strategy"), weights.get("group_size")
@@ -210,36 +201,9 @@ def _read_activations(given: dict[str, Any] | None) -> ActivationSpec | None:
     )
 
 
-def _check(where: str, given: Any, understood: Understood) -> None:
-    if not isinstance(given, dict):
-        raise ValueError(f"{where}: {given!r} is not supported; expected an object")
-    for key, value in given.items():
-        values = understood.get(key, ())
-        if values is not None and not any(type(value) is type(v) and value == v for v in values):
-            raise ValueError(f"{where}: {key}={value!r} is not supported")
-
-
 def _is_name(target: str, module: str) -> bool:
     return target == module
 
 
 def _is_pattern(target: str, module: str) -> bool:
-    if not target.startswith("re:"):
-        return False
-    pattern = target.removeprefix("re:")
-    _check_pattern(pattern)
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, OverflowError) as error:
-        raise ValueError(f"quantization_config: the target {target!r} is no regular expression ({error})") from error
-
-
-def _check_pattern(pattern: str) -> None:
-    """Refuses patterns that could take for ever to match: checkpoints come from anywhere."""
-    repeats = sum(map(pattern.count, "*+?{"))
-    repeats -= sum(map(pattern.count, ("(?:", "(?!", "(?=")))  # no repetitions
-    if len(pattern) > 256 or repeats > 5 or pattern.count("|") > 12 or re.search(r"\)[*+?{]", pattern):
-        raise ValueError(
-            f"quantization_config: the target {pattern[:80]!r} is too complex; supported are up to 5 repetitions, "
-            "none of them of a group, and 12 alternatives"
-        )
+    return target.startswith("re:") and matches(target.removeprefix("re:"), module, target)

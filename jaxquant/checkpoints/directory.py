@@ -17,11 +17,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxquant.checkpoints.huggingface import COMPANIONS, CONFIG
+from jaxquant.checkpoints.huggingface import COMPANIONS, CONFIG, OLD_CONFIGS
 from jaxquant.checkpoints.tensors import INDEX
 
 MARKS = (CONFIG, "jaxquant.json")  # a directory with one of these and safetensors is a checkpoint
-PARTS = ("*.safetensors", INDEX, *MARKS, *COMPANIONS)  # all that is ever overwritten
+PARTS = ("*.safetensors", INDEX, *MARKS, *OLD_CONFIGS, *COMPANIONS)  # all that is ever overwritten
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 CONFIG = "config.json"
+OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # what older writers put nowhere else
 COMPANIONS = (  # what a tokenizer and `generate` read
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),

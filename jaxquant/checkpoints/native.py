@@ -35,7 +35,10 @@ from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 HEADER = "jaxquant.json"
 VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
-_OPTIONAL = ("zero_point", "input_scale", "input_zero_point", "channel_scale", "outlier_index", "outlier_weight")
+_OPTIONAL = (
+    *("zero_point", "input_scale", "input_zero_point", "channel_scale"),
+    *("outlier_index", "outlier_weight", "input_order"),
+)
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype", "prepared"))
 
 
@@ -258,6 +261,10 @@ def _qtensor(fields: dict[str, Any], arrays: dict[str, Any]) -> QTensor:
             raise ValueError(
                 f"outlier_index reaches from {index.min()} to {index.max()}, but there are {size} channels"
             )
+    if q.input_order is not None:
+        order = np.moveaxis(np.asarray(q.input_order), q.input_order.ndim - 1 - len(q.out), -1)
+        if not np.array_equal(np.sort(order), np.broadcast_to(np.arange(order.shape[-1]), order.shape)):
+            raise ValueError("input_order does not name every input channel once")
     zero = q.input_zero_point
     if spec.activations is not None and zero is not None:
         _check_codes("input_zero_point", zero, spec.activations.spec)

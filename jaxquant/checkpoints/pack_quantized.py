@@ -17,25 +17,18 @@ be dense, as upstream takes them.
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.numerics.packing import pack_bits, packed_size, unpack_bits
-from jaxquant.numerics.qtensor import QTensor, is_packed
+from jaxquant.checkpoints.words import pack_codes, pack_unsigned, unpack_signed, unpack_values, words
+from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec
 
 FORMAT = "pack-quantized"
 DTYPES = {"weight_packed": "int32", "weight_zero_point": "int32"}  # scales are floats, the shape integers
 REQUIRED = {"weight_packed", "weight_shape"}  # the shape says which others there are
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-
-
-def words(size: int, bits: int) -> int:
-    """Words of a dense stream of codes."""
-    return math.ceil(size * bits / 32)
 
 
 def old_words(size: int, bits: int) -> int:
@@ -59,12 +52,10 @@ def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, list[tuple[int, ...]]]:
 def pack(q: QTensor) -> dict[str, np.ndarray]:
     """A QTensor of one matrix as the arrays of the format."""
     k, n = math.prod(q.in_shape), q.values.shape[-1]
-    bits = q.spec.bits
-    rows = np.asarray(q.values).T if is_packed(q.spec) else np.asarray(_pack_rows(q.unsigned_codes, bits))
-    arrays = {"weight_packed": _as_words(rows, k, bits), "weight_scale": np.ascontiguousarray(np.asarray(q.scale).T)}
+    arrays = {"weight_packed": pack_codes(q), "weight_scale": np.ascontiguousarray(np.asarray(q.scale).T)}
     if q.zero_point is not None:
-        zeros = np.asarray(_pack_rows(q.unsigned_zero_point.T, bits))
-        arrays["weight_zero_point"] = np.ascontiguousarray(_as_words(zeros, n, bits).T)
+        zeros = pack_unsigned(q.unsigned_zero_point.T, q.spec.bits)
+        arrays["weight_zero_point"] = np.ascontiguousarray(zeros.T)
     return arrays | {"weight_shape": np.array([n, k], np.int64)}
 
 
@@ -73,27 +64,11 @@ def unpack(arrays: Mapping[str, np.ndarray], spec: QuantSpec) -> QTensor:
     packed, scale, k = arrays["weight_packed"], arrays["weight_scale"], int(arrays["weight_shape"][1])
     zeros = None
     if not spec.symmetric:
-        zeros = _codes(_as_bytes(arrays["weight_zero_point"].T, len(scale), spec.bits), len(scale), spec.bits).T
+        zeros = unpack_signed(arrays["weight_zero_point"].T, len(scale), spec.bits).T
     if packed.shape[1] != words(k, spec.bits):
         packed = _rearranged(packed, k, spec.bits)
-    rows = _as_bytes(packed, k, spec.bits)
-    scales = jnp.asarray(scale.T)
-    if is_packed(spec):
-        return QTensor(jnp.asarray(rows.T), scales, zeros, spec, scale.dtype.name, (-2,), (-1,), (k,))
-    return QTensor.from_codes(_codes(rows, k, spec.bits), scales, zeros, spec, dtype=scale.dtype)
-
-
-@partial(jax.jit, static_argnums=1)
-def _pack_rows(unsigned: jax.Array, bits: int) -> jax.Array:
-    """The streams along the first axis, uint8 `[columns, packed_size]`."""
-    return pack_bits(unsigned.T, bits, 1)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _codes(rows: jax.Array, size: int, bits: int) -> jax.Array:
-    """Signed codes int8 `[size, rows]` of streams: the inverse of `_pack_rows`."""
-    unsigned = unpack_bits(rows, bits, size, 1).T
-    return (unsigned.astype(jnp.int16) - jnp.int16(2 ** (bits - 1))).astype(jnp.int8)
+    values = unpack_values(packed, k, spec)
+    return QTensor(values, jnp.asarray(scale.T), zeros, spec, scale.dtype.name, (-2,), (-1,), (k,))
 
 
 def _rearranged(packed: np.ndarray, size: int, bits: int) -> np.ndarray:
@@ -101,18 +76,4 @@ def _rearranged(packed: np.ndarray, size: int, bits: int) -> np.ndarray:
     shifts = np.arange(0, 32 - bits + 1, bits, dtype=np.uint32)
     codes = (np.ascontiguousarray(packed).view("<u4")[..., None] >> shifts) & np.uint32(2**bits - 1)
     codes = codes.reshape(len(packed), -1)[:, :size].astype(np.uint8)
-    return _as_words(np.asarray(_pack_rows(jnp.asarray(codes.T), bits)), size, bits)
-
-
-def _as_words(rows: np.ndarray, size: int, bits: int) -> np.ndarray:
-    return np.ascontiguousarray(_resized(rows, 4 * words(size, bits))).view("<i4")
-
-
-def _as_bytes(packed: np.ndarray, size: int, bits: int) -> np.ndarray:
-    return _resized(np.ascontiguousarray(packed).view(np.uint8), packed_size(size, bits))
-
-
-def _resized(rows: np.ndarray, width: int) -> np.ndarray:
-    """Cuts off or appends zero bytes: the two paddings of a stream, to whole words and to eight codes."""
-    rows = rows[:, :width]
-    return np.pad(rows, [(0, 0), (0, width - rows.shape[1])])
+    return pack_unsigned(jnp.asarray(codes.T), bits)

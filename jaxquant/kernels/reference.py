@@ -1,6 +1,6 @@
 """The definition of every product with a quantized weight.
 
-Divide the input by the channel scale, round it, dequantize the weight, multiply.
+Divide the input by the channel scale, put it into the order of the codes, round it, dequantize the weight, multiply.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.numerics.activations import divide_channels, round_input, static_qparams
-from jaxquant.numerics.affine import Qparams, scaled_dense
+from jaxquant.numerics.affine import Qparams, scaled_dense, take_along
 from jaxquant.numerics.qtensor import QTensor
 
 
@@ -50,11 +50,15 @@ def product(x: jax.Array, w: jax.Array, preferred_element_type, precision=None) 
 
 
 def prepared(x: jax.Array, q: QTensor) -> tuple[jax.Array, Qparams | None]:
-    """Inputs `[*lead, T, K]` divided by a weight's channel scale, and their static qparams, `[*lead, 1, 1]`."""
+    """Inputs `[*lead, T, K]` as they meet a weight's codes, and their static qparams, `[*lead, 1, 1]`.
+
+    They are divided by its channel scale, and in its input order.
+    """
     static, channels = jax.tree.map(
         lambda a: a.reshape(*a.shape[: x.ndim - 2], 1, -1), (static_qparams(q), q.channel_scale)
     )
-    return divide_channels(x, channels), static
+    x = divide_channels(x, channels)
+    return x if q.input_order is None else take_along(x, q.input_order, -1, x.ndim - 2), static
 
 
 def ragged_matmul(x: jax.Array, q: QTensor, groups: jax.Array, preferred_element_type, precision) -> jax.Array:
@@ -64,11 +68,13 @@ def ragged_matmul(x: jax.Array, q: QTensor, groups: jax.Array, preferred_element
         raise ValueError("outliers of rows that belong to different experts are not told apart; use another method")
     if activations is not None and not activations.static and activations.granularity == "per_tensor":
         raise ValueError("a dynamic per_tensor range would be one for the rows of all experts; use per_token")
-    static, channels = jax.tree.map(  # those of each row's expert
+    static, channels, order = jax.tree.map(  # those of each row's expert
         lambda a: jnp.repeat(a.reshape(len(a), -1), groups, axis=0, total_repeat_length=len(x)),
-        (static_qparams(q), q.channel_scale),
+        (static_qparams(q), q.channel_scale, q.input_order),
     )
-    x = round_input(divide_channels(x, channels), static, activations)
+    x = divide_channels(x, channels)
+    x = x if order is None else jnp.take_along_axis(x, order, -1)
+    x = round_input(x, static, activations)
     return lax.ragged_dot(x, scaled_dense(q).astype(q.dtype), groups, precision, preferred_element_type)
 
 

@@ -40,11 +40,12 @@ class LLMInt8:
     Attributes:
       threshold: α, the size from which on an input is an outlier.
       spec: of the codes of the weights; its activations are set to dynamic per-token ones with the threshold.
-      outliers: channels of which float weights are kept, those of largest input; None takes as many as calibration has
-        found, up to one in eight (`quantize_params` counts them).
+      outliers: channels of which float weights are kept, those of largest input; 0 dequantizes all, as the original
+        code does and its files expect; None takes as many as calibration has found, up to one in eight
+        (`quantize_params` counts them).
 
     Raises:
-      ValueError: the threshold or the number of outliers is not positive, or the spec is none for weights.
+      ValueError: the threshold is not positive, the number of outliers is none, or the spec is none for weights.
     """
 
     threshold: float = 6.0
@@ -54,8 +55,8 @@ class LLMInt8:
 
     def __post_init__(self):
         check_weight_spec(self.spec)
-        if self.outliers is not None and (type(self.outliers) is not int or self.outliers < 1):
-            raise ValueError(f"outliers={self.outliers!r} must be a positive whole number, or None to count them")
+        if self.outliers is not None and (type(self.outliers) is not int or self.outliers < 0):
+            raise ValueError(f"outliers={self.outliers!r} must be a whole number, or None to count them")
         activations = ActivationSpec(outlier_threshold=self.threshold)
         object.__setattr__(self, "spec", dataclasses.replace(self.spec, activations=activations))
 

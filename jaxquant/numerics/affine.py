@@ -18,6 +18,7 @@ full symmetric range the extreme of every group lies half way between two codes:
 weights would get other codes in another program.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -85,11 +86,14 @@ def dense(q: QTensor) -> jax.Array:
         axis = w.ndim - 1 - len(q.out)
         index = jnp.broadcast_to(q.outlier_index, q.outlier_weight.shape)
         w = jnp.put_along_axis(w, index, q.outlier_weight.astype(w.dtype), axis, inplace=False)
+    if q.input_order is not None:
+        axis = w.ndim - 1 - len(q.out)
+        w = take_along(w, jnp.argsort(q.input_order, axis), axis - w.ndim, axis)
     return w if q.channel_scale is None else w / q.channel_scale.astype(w.dtype)
 
 
 def scaled_dense(q: QTensor) -> jax.Array:
-    """`(codes - zero_point) · scale`, the weight before it is divided by `channel_scale`. As `dense`."""
+    """`(codes - zero_point) · scale`: as `dense`, but not divided by `channel_scale`, its rows in `input_order`."""
     codes = q.codes
     return decode(codes, *per_code(q.scale, q.zero_point, codes.shape, len(q.out)))
 
@@ -170,6 +174,14 @@ def per_code(scale: jax.Array, zero_point: jax.Array | None, shape: tuple[int, .
         return jnp.broadcast_to(jnp.expand_dims(a, axis + 1), grouped).reshape(shape)
 
     return jax.tree.map(repeated, (scale, zero_point))
+
+
+def take_along(a: jax.Array, index: jax.Array, axis: int, leads: int) -> jax.Array:
+    """Positions of a negative axis of `a` `[*lead, ...]`, by index `[*lead, n, 1, ...]` within bounds."""
+    take = functools.partial(jnp.take, axis=axis, mode="clip")
+    for _ in range(leads):
+        take = jax.vmap(take)
+    return take(a, index.reshape(*a.shape[:leads], -1))
 
 
 def resolve_axes(x, spec, contract, out) -> tuple[tuple[int, ...], tuple[int, ...]]:

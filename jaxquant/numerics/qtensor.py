@@ -19,7 +19,7 @@ PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
     jax.tree_util.register_dataclass,
     data_fields=[
         *("values", "scale", "zero_point", "input_scale", "input_zero_point", "channel_scale"),
-        *("outlier_index", "outlier_weight"),
+        *("outlier_index", "outlier_weight", "input_order"),
     ],
     meta_fields=["spec", "dtype", "contract", "out", "in_shape", "prepared"],
 )
@@ -52,6 +52,9 @@ class QTensor:
       outlier_index: int32 `[*lead, k, 1, ...]` with as many axes as `scale`, input channels of which float rows are
         kept, K where there is none; None unless `spec.activations` has an outlier threshold.
       outlier_weight: those rows, `[*lead, k, *out]`, in the dtype of the weight.
+      input_order: int32 `[*lead, K, 1, ...]` with as many axes as `scale`, the input channel that each row of codes
+        belongs to, where those that share a scale do not lie together (act-order checkpoints from elsewhere). A product
+        divides its input by the channel scale, and then takes it in this order. None is the channels' own.
       prepared: for whose kernels `values` have been re-laid (see `numerics.prepared`); None is the layout above.
 
     These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations
@@ -71,6 +74,7 @@ class QTensor:
     channel_scale: jax.Array | None = None
     outlier_index: jax.Array | None = None
     outlier_weight: jax.Array | None = None
+    input_order: jax.Array | None = None
     prepared: Prepared | None = None
 
     @classmethod
@@ -184,6 +188,9 @@ class QTensor:
         if self.channel_scale is not None:
             right = self.channel_scale.shape == (*lead, size, *(1,) * len(out))
             _expect("channel_scale", self.channel_scale, self.scale.dtype, right)
+        if self.input_order is not None:
+            right = self.input_order.shape == (*lead, size, *(1,) * len(out))
+            _expect("input_order", self.input_order, jnp.int32, right and self.outlier_index is None)
         self._validate_outliers(lead, whole_out)
 
     def _validate_values(self, size: int) -> None:

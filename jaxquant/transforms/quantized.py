@@ -93,7 +93,8 @@ class _Executor:
         q = payloads.arranged(view, product.stack_factors)
         if q is None:
             return it.other(product.eqn, product.ins, "it batches over an axis that the weight was quantized along")
-        outer = [a.shape[len(product.stack_factors) + 1 :] for a in (q.input_scale, q.channel_scale) if a is not None]
+        of_inputs = (q.input_scale, q.channel_scale, q.input_order)
+        outer = [a.shape[len(product.stack_factors) + 1 :] for a in of_inputs if a is not None]
         if any(n > 1 for sizes in outer for n in sizes):
             why = "its matrices have input scales of their own, but it multiplies one input with several of them"
             return it.other(product.eqn, product.ins, why)

@@ -90,6 +90,8 @@ def _split_qtensor(v, local, of_axis, mesh, index) -> tuple | str:
     cut = [a for a in contract if a in of_axis]
     if cut and cut != contract[:1]:
         return "a contracting axis of the weight is split that is not its first"
+    if cut and q.input_order is not None:
+        return "its input channels are split, and its codes are in another order than they are"
     shards = mesh.shape[of_axis[cut[0]]] if cut else 1
     if not _whole_per_shard(q, shards):
         return f"its {math.prod(q.in_shape)} input channels do not split into {shards} shards of whole groups"

@@ -1,0 +1,74 @@
+"""The formats of quantized Hugging Face checkpoints, by the `quant_method` of their configurations."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxquant.checkpoints import awq, bitsandbytes, compressed_tensors, compressed_tensors_config, gptq, gptq_config
+from jaxquant.checkpoints.huggingface import CONFIG, OLD_CONFIGS
+from jaxquant.checkpoints.json_file import read_json
+from jaxquant.checkpoints.modules import QuantizedTensors
+from jaxquant.numerics.spec import QuantSpec
+
+
+class Foreign(NamedTuple):
+    """How one format is written and read.
+
+    Attributes:
+      fields: of a QuantSpec whose scales the format has a place for.
+      check_spec: `check_spec(spec)` raises ValueError for codes that the format cannot express.
+      write: as `compressed_tensors.write_compressed_tensors`.
+      write_config: as `compressed_tensors.write_config`, for models that are written in parts.
+      read: arguments as `modules.HalfScaledTensors`.
+    """
+
+    fields: Mapping[str, Any]
+    check_spec: Callable[[QuantSpec], None]
+    write: Callable[[Path, Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], None]
+    write_config: Callable[[Path, Mapping[str, Any], str, Mapping[str, QuantSpec], Mapping[str, str]], dict[str, Any]]
+    read: Callable[[Path, Mapping[str, Any], Mapping[str, str], Collection[str], str | None], QuantizedTensors]
+
+
+HALF = {"scale_dtype": "float16"}
+FOREIGN = {
+    compressed_tensors_config.METHOD: Foreign(
+        {},
+        compressed_tensors_config.check_spec,
+        compressed_tensors.write_compressed_tensors,
+        compressed_tensors.write_config,
+        lambda directory, config, classes, names, model_dtype: compressed_tensors.CompressedTensors(
+            directory, config, classes
+        ),
+    ),
+    gptq_config.METHOD: Foreign(HALF, gptq_config.check_spec, gptq.write_gptq, gptq.write_config, gptq.GPTQTensors),
+    bitsandbytes.METHOD: Foreign(
+        {"narrow_range": True, "scale_dtype": "float32"},
+        bitsandbytes.check_spec,
+        bitsandbytes.write_bitsandbytes,
+        bitsandbytes.write_config,
+        bitsandbytes.BitsAndBytesTensors,
+    ),
+    awq.METHOD: Foreign(HALF, awq.check_spec, awq.write_awq, awq.write_config, awq.AWQTensors),
+}
+
+
+def quantization_config(directory: Path, hf_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a directory says about how its tensors are stored: in config.json, or in a file of its own as older ones do.
+
+    None for floats.
+
+    Raises:
+      ValueError: the method is not one of `FOREIGN`, or a file is damaged.
+    """
+    given = hf_config.get("quantization_config")
+    file = CONFIG
+    if given is None:
+        file = next((name for name in OLD_CONFIGS if (directory / name).is_file()), CONFIG)
+        if file == CONFIG:
+            return None
+        given = {"quant_method": OLD_CONFIGS[file], **read_json(directory / file)}
+    method = given.get("quant_method") if isinstance(given, dict) else given
+    if method not in [*FOREIGN]:
+        raise ValueError(f"{directory / file}: quant_method={method!r} is not read; supported: {', '.join(FOREIGN)}")
+    assert isinstance(given, dict)
+    return given
