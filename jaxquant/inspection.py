@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxquant import pretrained
 from jaxquant.checkpoints.native import HEADER, path_of
+from jaxquant.checkpoints.orbax import OrbaxArrays
 from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.models.config import DecoderConfig
 from jaxquant.models.names import tensor_paths
@@ -105,7 +106,8 @@ def inspect_checkpoint(name: str | os.PathLike) -> Inspection:
 
 def _stored(directory: Path, config: DecoderConfig | None, paths: set[str]) -> Counter[str]:
     """Bytes in the files by the parameter that they belong to, under their own name where that is none."""
-    tensors, sizes = Tensors(directory), Counter[str]()
+    tensors: Tensors | OrbaxArrays = OrbaxArrays(directory) if pretrained.holds_orbax(directory) else Tensors(directory)
+    sizes = Counter[str]()
     native = config is None or (directory / HEADER).is_file()
     owners = {} if config is None else tensor_paths(config)
     for name in tensors:
