@@ -27,7 +27,7 @@ from jaxquant.methods.rtn import RTN
 from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
-from jaxquant.pretrained import Format
+from jaxquant.parts import FORMATS
 from jaxquant.transforms.stream import Predecessors
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
@@ -118,7 +118,7 @@ def _add_quantize(commands) -> None:
     parser.add_argument(
         "--seq-len", type=int, default=512, metavar="T", help="tokens per sample (default: %(default)s)"
     )
-    parser.add_argument("--format", choices=get_args(Format), default="jaxquant",
+    parser.add_argument("--format", choices=FORMATS, default="jaxquant",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--predecessors", choices=get_args(Predecessors), default="quantized",
                         help="calibrate each layer behind the quantized layers before it, or behind the float ones "

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxquant import pretrained
 from jaxquant.checkpoints.native import HEADER, path_of
+from jaxquant.checkpoints.orbax import OrbaxArrays
 from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.models.config import DecoderConfig
 from jaxquant.models.names import tensor_paths
@@ -109,7 +110,9 @@ def _stored(directory: Path, config: DecoderConfig | None, paths: set[str]) -> C
     """Bytes in the files by the parameter that they belong to, under their own name where that is none."""
     sizes = Counter[str]()
     if config is None or (directory / HEADER).is_file():
-        tensors, owner = Tensors(directory), functools.partial(_native_owner, paths)
+        orbax = pretrained.holds_orbax(directory)
+        tensors: Tensors | OrbaxArrays = OrbaxArrays(directory) if orbax else Tensors(directory)
+        owner = functools.partial(_native_owner, paths)
     else:
         tensors, owner = pretrained.stored_tensors(directory, config), functools.partial(_owner, tensor_paths(config))
     for name in tensors:

@@ -22,6 +22,8 @@ from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.pretrained import SOURCE, Format
 from jaxquant.transforms.fold import fold
 
+FORMATS = ("jaxquant", *FOREIGN)  # that can be written in parts
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelParts:
@@ -29,7 +31,7 @@ class ModelParts:
 
     Attributes:
       model: the model; its layers are written one by one, and read as a stack again.
-      format: as for `pretrained.save`.
+      format: one of `FORMATS`.
     """
 
     model: Model

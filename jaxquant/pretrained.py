@@ -18,7 +18,8 @@ from jaxquant.checkpoints.formats import FOREIGN, quantization_config
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
 from jaxquant.checkpoints.json_file import read_json, write_json
 from jaxquant.checkpoints.modules import MODEL_DTYPES, QuantizedTensors, check_floats
-from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
+from jaxquant.checkpoints.native import HEADER, read_tree, write_tree
+from jaxquant.checkpoints.orbax import Placement, is_orbax, read_orbax, write_orbax
 from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.kernels.prepare import prepare
 from jaxquant.models import TINYLM
@@ -43,7 +44,8 @@ from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.fold import fold
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
-Format = Literal["jaxquant", "compressed-tensors", "gptq", "awq", "bitsandbytes"]
+Format = Literal["jaxquant", "compressed-tensors", "gptq", "awq", "bitsandbytes", "orbax"]
+WRITERS = {"jaxquant": write_tree, "orbax": write_orbax}  # of any tree
 SOURCE = "_name_or_path"  # Hugging Face's key for where a configuration came from: here, the directory
 _ONE_SPEC = "and a stack of layers has one spec"
 _STORAGE = "quantization_config"  # how the tensors were stored, which is no property of the loaded model
@@ -60,7 +62,11 @@ def find_model(name: str | os.PathLike) -> Path:
 
 
 def load_pretrained(
-    name: str | os.PathLike, dtype: DTypeLike | None = None, *, stacked: bool | None = None
+    name: str | os.PathLike,
+    dtype: DTypeLike | None = None,
+    *,
+    stacked: bool | None = None,
+    sharding: Placement | None = None,
 ) -> tuple[Model, Any]:
     """Loads a model and its parameters.
 
@@ -72,6 +78,10 @@ def load_pretrained(
       stacked: whether the layers are stacked, so that a scan runs over them ("layers/mlp/up_proj/kernel" is
         `[layers, in, out]`), or each has parameters of its own ("layers/0/mlp/up_proj/kernel") and may be quantized in
         its own way. None stacks them unless they are quantized differently.
+      sharding: `sharding(path, array)` gives the `jax.sharding.Sharding` of each array by its path in the tree, which
+        for a part of a quantized weight ends in its name ("layers/mlp/up_proj/kernel/scale"), and its shape and dtype.
+        With format "orbax", the tree is the one that was saved, and each device reads its own shards; others are read
+        as a whole first. None leaves everything on the first device.
 
     Returns:
       `(model, params)`: `model.apply(params, tokens)` gives logits `[batch, time, vocab]`. Parameters have the dtype
@@ -82,7 +92,7 @@ def load_pretrained(
       ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is none to compute
         in, or layers that are quantized differently are to be stacked.
     """
-    checkpoint = open_pretrained(name)
+    checkpoint = open_pretrained(name, sharding)
     uneven = checkpoint.uneven
     if stacked is None:
         stacked = uneven is None
@@ -90,6 +100,8 @@ def load_pretrained(
         raise ValueError(f"{checkpoint.directory}: {uneven}; load it with stacked=False")
     _check_compute_dtype(dtype)
     params = checkpoint.params(stacked)
+    if sharding is not None and not holds_orbax(checkpoint.directory):
+        params = _placed(params, sharding)
     largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
     model = checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model
     return dataclasses.replace(model, stacked=stacked), params
@@ -187,8 +199,8 @@ class Checkpoint:
         return isinstance(self.source, QuantizedTensors)
 
 
-def open_pretrained(name: str | os.PathLike) -> Checkpoint:
-    """Opens a model, without reading more than it must. Argument and errors as `load_pretrained`."""
+def open_pretrained(name: str | os.PathLike, sharding: Placement | None = None) -> Checkpoint:
+    """Opens a model, without reading more than it must. Arguments and errors as `load_pretrained`."""
     directory = find_model(name)
     if holds_bare_tree(directory):
         raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
@@ -196,7 +208,7 @@ def open_pretrained(name: str | os.PathLike) -> Checkpoint:
     plain = {key: value for key, value in hf_config.items() if key != _STORAGE}
     model = Model.from_hf({**plain, SOURCE: os.path.abspath(directory)})
     if (directory / HEADER).is_file():
-        source = read_tree(directory)
+        source = _read_tree(directory, sharding)
         _check_parameters(model.config, source, is_stacked(source))
     else:
         source = _open(directory, hf_config, model.config)
@@ -221,7 +233,8 @@ def save(
       format: "jaxquant" keeps everything bit for bit. Others are read by vLLM and transformers, and have no place for
         channel scales, which are folded into norms and linear layers: "compressed-tensors"; "gptq" and "awq" for
         weights with float16 scales (`scale_dtype="float16"`); "bitsandbytes" for LLM.int8() without float weights
-        (`LLMInt8(spec=int8(narrow_range=True), outliers=0)`).
+        (`LLMInt8(spec=int8(narrow_range=True), outliers=0)`). "orbax" keeps everything, and each device writes its own
+        shards.
       overwrite: replaces an existing checkpoint.
 
     Raises:
@@ -230,7 +243,7 @@ def save(
       TypeError: the tree holds something that is no array, or the model is not one of jaxquant's.
     """
     _check_format(format)
-    if model is None and format != "jaxquant":
+    if model is None and format in FOREIGN:
         raise ValueError(f"format={format!r} needs a model; a bare tree is saved with format='jaxquant'")
     if not isinstance(model, Model | None):
         raise TypeError(
@@ -239,7 +252,7 @@ def save(
     params = prepare(params, None)  # files are the same for all platforms
     with new_directory(path, overwrite=overwrite) as directory:
         if model is None:
-            write_tree(directory, params)
+            WRITERS[format](directory, params)
         else:
             _write_model(directory, model, params, format)
 
@@ -254,19 +267,40 @@ def check_save(
     check_new_directory(path, overwrite=overwrite)
 
 
-def load(path: str | os.PathLike) -> Any:
-    """Reads the parameter tree of a directory that `save` wrote with format "jaxquant".
+def load(path: str | os.PathLike, *, sharding: Placement | None = None) -> Any:
+    """Reads the parameter tree of a directory that `save` wrote with format "jaxquant" or "orbax".
+
+    `sharding` is as in `load_pretrained`.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: a file is damaged.
     """
-    return load_tree(path)
+    directory = Path(os.path.expanduser(path))
+    tree = _read_tree(directory, sharding)
+    return tree if sharding is None or holds_orbax(directory) else _placed(tree, sharding)
 
 
 def holds_bare_tree(directory: Path) -> bool:
     """Whether a directory holds a parameter tree without a model, which only `load` reads."""
     return (directory / HEADER).is_file() and not (directory / CONFIG).is_file()
+
+
+def holds_orbax(directory: Path) -> bool:
+    """Whether the arrays of a directory were written by Orbax."""
+    return (directory / HEADER).is_file() and is_orbax(directory)
+
+
+def _read_tree(directory: Path, sharding: Placement | None) -> Any:
+    return read_orbax(directory, sharding) if holds_orbax(directory) else read_tree(directory)
+
+
+def _placed(params: Any, sharding: Placement) -> Any:
+    def place(path, array):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.device_put(array, sharding(name, jax.ShapeDtypeStruct(array.shape, array.dtype)))
+
+    return jax.tree_util.tree_map_with_path(place, params)
 
 
 def _check_compute_dtype(dtype: DTypeLike | None) -> None:
@@ -340,8 +374,8 @@ def _write_model(directory: Path, model: Model, params: Any, format: Format) -> 
     hf_config = json.loads(model.hf_config)
     source = hf_config.pop(SOURCE, None)
     _check_parameters(model.config, params, model.stacked)
-    if format == "jaxquant":
-        write_tree(directory, params)
+    if format in WRITERS:
+        WRITERS[format](directory, params)
         write_json(directory / CONFIG, hf_config)
     else:
         if model.config.tie_embeddings and is_qtensor(params["embed_tokens"]["embedding"]):

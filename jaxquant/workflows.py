@@ -25,6 +25,7 @@ from jaxquant.evaluation.data import (
 )
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
+from jaxquant.parts import FORMATS
 from jaxquant.streaming import LayerByLayer, Progress
 from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
@@ -166,7 +167,7 @@ def quantize_checkpoint(
       calibration: file of text or token ids, or a data set of the Hugging Face hub; None is the built-in text. A method
         that needs no statistics is calibrated only if this is given, for the errors in the report.
       num_samples, seq_len, field, pad, seed: as `count`, `length` and so on for `calibration_samples`.
-      format: as in `save`.
+      format: as in `save`, but for "orbax", which is not written layer by layer.
       predecessors: what a layer is calibrated behind: the layers before it as they are "quantized", or "float".
       overwrite: replaces an existing checkpoint.
       resume: continues a run with the same arguments that was not finished, and gives what it would have given. Without
@@ -184,6 +185,11 @@ def quantize_checkpoint(
     directory = pretrained.find_model(name)
     if os.path.realpath(out) == os.path.realpath(directory):
         raise ValueError(f"{out} is the checkpoint that is read; write to another directory")
+    if format not in FORMATS:
+        raise ValueError(
+            f"format={format!r} is not written layer by layer; choose one of {', '.join(FORMATS)}, then load_pretrained "
+            "and save what it returns"
+        )
     pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
     checkpoint = pretrained.open_pretrained(directory).with_dtype("float32")
     if checkpoint.is_quantized:

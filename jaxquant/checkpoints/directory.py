@@ -20,7 +20,8 @@ from pathlib import Path
 from jaxquant.checkpoints.huggingface import COMPANIONS, CONFIG, OLD_CONFIGS
 from jaxquant.checkpoints.tensors import INDEX
 
-MARKS = (CONFIG, "jaxquant.json")  # a directory with one of these and safetensors is a checkpoint
+MARKS = (CONFIG, "jaxquant.json")  # a directory with one of these and safetensors or Orbax's arrays is a checkpoint
+FOLDER, MANIFEST = "arrays", "manifest.ocdbt"  # of those, and a file in it
 PARTS = ("*.safetensors", INDEX, *MARKS, *OLD_CONFIGS, *COMPANIONS)  # all that is ever overwritten
 
 
@@ -88,10 +89,12 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 def _foreign(target: Path) -> str | None:
     """Why a directory that is not empty is no checkpoint, or more than one; None if it is a checkpoint."""
     names = sorted(os.listdir(target))
-    if not any(mark in names for mark in MARKS) or not any(name.endswith(".safetensors") for name in names):
+    holds_tensors = any(name.endswith(".safetensors") for name in names) or (target / FOLDER / MANIFEST).is_file()
+    if not any(mark in names for mark in MARKS) or not holds_tensors:
         return f"is not empty and holds no checkpoint (safetensors and {' or '.join(MARKS)})"
     for name in names:
-        if not any(fnmatch.fnmatchcase(name, part) for part in PARTS) or not (target / name).is_file():
+        is_part = any(fnmatch.fnmatchcase(name, part) for part in PARTS) and (target / name).is_file()
+        if not is_part and not (name == FOLDER and (target / FOLDER / MANIFEST).is_file()):
             return f"holds {name}, which is no part of a checkpoint that jaxquant writes"
     return None
 

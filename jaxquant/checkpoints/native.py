@@ -33,6 +33,7 @@ from jaxquant.numerics.qtensor import QTensor, is_packed
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
 HEADER = "jaxquant.json"
+FORMAT = "jaxquant"
 VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
 _OPTIONAL = (
@@ -73,10 +74,9 @@ def load_tree(path: str | os.PathLike) -> Any:
 
 def write_tree(directory: Path, tree: Any) -> None:
     """Writes the tree into an existing directory. Arguments and errors as `save_tree`."""
-    tensors: dict[str, Any] = {}
-    node = _describe(tree, (), tensors)
+    node, tensors = describe_tree(tree)
     write_tensors(directory, tensors)
-    write_json(directory / HEADER, {"format": "jaxquant", "version": VERSION, "tree": node})
+    write_json(directory / HEADER, {"format": FORMAT, "version": VERSION, "tree": node})
 
 
 def write_header(directory: Path, parts: Sequence[Any]) -> None:
@@ -92,16 +92,32 @@ def header_of(directory: Path) -> Any:
 def read_tree(directory: Path) -> Any:
     """Reads the tree of a directory. Errors as `load_tree`."""
     file = directory / HEADER
+    return build_tree(file, read_header(file, FORMAT), Tensors(directory))
+
+
+def describe_tree(tree: Any) -> tuple[Any, dict[str, Any]]:
+    """The node of a tree, and its arrays by name. Errors as `save_tree`."""
+    tensors: dict[str, Any] = {}
+    return _describe(tree, (), tensors), tensors
+
+
+def read_header(file: Path, format: str) -> Any:
+    """The node in the header of a directory of some format. Errors as `load_tree`."""
     header = read_json(file)
-    if header.get("format") != "jaxquant" or "tree" not in header:
-        raise ValueError(f"{file} is no header of a jaxquant checkpoint")
+    if header.get("format") != format or "tree" not in header:
+        raise ValueError(f"{file} is no header of a {format} checkpoint")
     if header.get("version") != VERSION:
         raise ValueError(
             f"{file}: version {header.get('version')!r} is not known, only {VERSION}; a newer jaxquant may read it"
         )
-    reader = _Reader(Tensors(directory))
+    return header["tree"]
+
+
+def build_tree(file: Path, node: Any, tensors: Mapping[str, Any]) -> Any:
+    """The tree of a header's node and arrays by name. Errors as `load_tree`."""
+    reader = _Reader(tensors)
     try:
-        tree = reader.build(header["tree"], ())
+        tree = reader.build(node, ())
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error
     left_over = sorted(set(reader.tensors) - reader.used)
@@ -179,7 +195,7 @@ def _is_raw(dtype: np.dtype) -> bool:
 class _Reader:
     """Builds trees from nodes; every error is a TypeError or ValueError that names the path."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray]):
+    def __init__(self, tensors: Mapping[str, Any]):
         self.tensors = tensors
         self.used: set[str] = set()
 
