@@ -23,6 +23,7 @@ from jaxquant.checkpoints.compressed_tensors_config import METHOD, check_spec
 from jaxquant.checkpoints.directory import check_new_directory, new_directory
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
 from jaxquant.checkpoints.json_file import read_json, write_json
+from jaxquant.checkpoints.lora import Merged
 from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
 from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.kernels.prepare import prepare
@@ -65,7 +66,11 @@ def find_model(name: str | os.PathLike) -> Path:
 
 
 def load_pretrained(
-    name: str | os.PathLike, dtype: DTypeLike | None = None, *, stacked: bool | None = None
+    name: str | os.PathLike,
+    dtype: DTypeLike | None = None,
+    *,
+    stacked: bool | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[Model, Any]:
     """Loads a model and its parameters.
 
@@ -77,6 +82,7 @@ def load_pretrained(
       stacked: whether the layers are stacked, so that a scan runs over them ("layers/mlp/up_proj/kernel" is
         `[layers, in, out]`), or each has parameters of its own ("layers/0/mlp/up_proj/kernel") and may be quantized in
         its own way. None stacks them unless they are quantized differently.
+      adapter: a directory or hub id of a LoRA adapter in PEFT's files, which is added to a float model's weights.
 
     Returns:
       `(model, params)`: `model.apply(params, tokens)` gives logits `[batch, time, vocab]`. Parameters have the dtype
@@ -85,9 +91,10 @@ def load_pretrained(
     Raises:
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
       ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is none to compute
-        in, or layers that are quantized differently are to be stacked.
+        in, layers that are quantized differently are to be stacked, or the adapter is not plain LoRA, not the model's,
+        or to be added to quantized weights.
     """
-    checkpoint = open_pretrained(name)
+    checkpoint = open_pretrained(name, adapter)
     uneven = checkpoint.uneven
     if stacked is None:
         stacked = uneven is None
@@ -174,8 +181,8 @@ class Checkpoint:
         return isinstance(self.source, CompressedTensors)
 
 
-def open_pretrained(name: str | os.PathLike) -> Checkpoint:
-    """Opens a model, without reading more than it must. Argument and errors as `load_pretrained`."""
+def open_pretrained(name: str | os.PathLike, adapter: str | os.PathLike | None = None) -> Checkpoint:
+    """Opens a model, without reading more than it must. Arguments and errors as `load_pretrained`."""
     directory = find_model(name)
     if holds_bare_tree(directory):
         raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
@@ -191,6 +198,13 @@ def open_pretrained(name: str | os.PathLike) -> Checkpoint:
         check_dtypes(model.config, source.dtype)
         if isinstance(source, CompressedTensors):
             _check_experts(directory, model.config, source.specs)
+    if adapter is not None:
+        if not isinstance(source, Tensors):
+            raise ValueError(
+                f"{directory}: an adapter is added to float checkpoints in Hugging Face's format only; give the one "
+                "that this was made from"
+            )
+        source = Merged(source, find_checkpoint(adapter))
     return Checkpoint(directory, model, source)
 
 

@@ -78,6 +78,13 @@ class Tensors(Mapping[str, np.ndarray]):
                 raise ValueError(f"{place.file} has become shorter while it was read; download or write it again")
         return array
 
+    @classmethod
+    def of_file(cls, file: Path) -> "Tensors":
+        """The tensors of one file of whatever name. Errors as above."""
+        tensors = cls.__new__(cls)
+        tensors._places = _read_header(file)
+        return tensors
+
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
         """The same tensors, some of them under other names, which are given by the old ones."""
         other = copy.copy(self)
