@@ -17,6 +17,7 @@ from jaxquant.checkpoints.directory import check_new_directory, new_directory
 from jaxquant.checkpoints.formats import FOREIGN, quantization_config
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions, find_checkpoint
 from jaxquant.checkpoints.json_file import read_json, write_json
+from jaxquant.checkpoints.lora import Merged
 from jaxquant.checkpoints.modules import MODEL_DTYPES, QuantizedTensors, check_floats
 from jaxquant.checkpoints.native import HEADER, read_tree, write_tree
 from jaxquant.checkpoints.orbax import Placement, is_orbax, read_orbax, write_orbax
@@ -67,6 +68,7 @@ def load_pretrained(
     *,
     stacked: bool | None = None,
     sharding: Placement | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[Model, Any]:
     """Loads a model and its parameters.
 
@@ -82,6 +84,7 @@ def load_pretrained(
         for a part of a quantized weight ends in its name ("layers/mlp/up_proj/kernel/scale"), and its shape and dtype.
         With format "orbax", the tree is the one that was saved, and each device reads its own shards; others are read
         as a whole first. None leaves everything on the first device.
+      adapter: a directory or hub id of a LoRA adapter in PEFT's files, which is added to a float model's weights.
 
     Returns:
       `(model, params)`: `model.apply(params, tokens)` gives logits `[batch, time, vocab]`. Parameters have the dtype
@@ -90,9 +93,10 @@ def load_pretrained(
     Raises:
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
       ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is none to compute
-        in, or layers that are quantized differently are to be stacked.
+        in, layers that are quantized differently are to be stacked, or the adapter is not plain LoRA, not the model's,
+        or to be added to quantized weights.
     """
-    checkpoint = open_pretrained(name, sharding)
+    checkpoint = open_pretrained(name, sharding, adapter)
     uneven = checkpoint.uneven
     if stacked is None:
         stacked = uneven is None
@@ -199,7 +203,9 @@ class Checkpoint:
         return isinstance(self.source, QuantizedTensors)
 
 
-def open_pretrained(name: str | os.PathLike, sharding: Placement | None = None) -> Checkpoint:
+def open_pretrained(
+    name: str | os.PathLike, sharding: Placement | None = None, adapter: str | os.PathLike | None = None
+) -> Checkpoint:
     """Opens a model, without reading more than it must. Arguments and errors as `load_pretrained`."""
     directory = find_model(name)
     if holds_bare_tree(directory):
@@ -216,6 +222,13 @@ def open_pretrained(name: str | os.PathLike, sharding: Placement | None = None) 
         check_dtypes(model.config, source.dtype)
         if isinstance(source, QuantizedTensors):
             _check_experts(directory, model.config, source.specs)
+    if adapter is not None:
+        if not isinstance(source, Tensors):
+            raise ValueError(
+                f"{directory}: an adapter is added to float checkpoints in Hugging Face's format only; give the one "
+                "that this was made from"
+            )
+        source = Merged(source, find_checkpoint(adapter))
     return Checkpoint(directory, model, source)
 
 

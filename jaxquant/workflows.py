@@ -187,7 +187,7 @@ def quantize_checkpoint(
         raise ValueError(f"{out} is the checkpoint that is read; write to another directory")
     if format not in FORMATS:
         raise ValueError(
-            f"format={format!r} is not written layer by layer; choose one of {', '.join(FORMATS)}, then load_pretrained "
+            f"format={format!r} is not written layer by layer; choose {', '.join(FORMATS)}, then load_pretrained "
             "and save what it returns"
         )
     pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
