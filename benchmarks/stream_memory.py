@@ -34,6 +34,7 @@ from jaxquant import cli
 jnp.ones(3).sum().block_until_ready()
 print("ready", flush=True)
 sys.stdin.readline()
+sys.stdout = sys.stderr
 sys.exit(cli.main(sys.argv[1:]))
 """
 
