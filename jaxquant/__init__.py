@@ -40,7 +40,14 @@ from jaxquant.transforms.quantized import quantized as quantized
 from jaxquant.transforms.report import LayerReport as LayerReport
 from jaxquant.transforms.report import Report as Report
 from jaxquant.transforms.training.convert import convert as convert
+from jaxquant.transforms.training.distill import distillation_loss as distillation_loss
 from jaxquant.transforms.training.fake_quantized import fake_quantized as fake_quantized
+from jaxquant.transforms.training.optimizer import qat_optimizer as qat_optimizer
 from jaxquant.transforms.training.schedule import MovingAverage as MovingAverage
 from jaxquant.transforms.training.schedule import Schedule as Schedule
 from jaxquant.transforms.training.state import QATState as QATState
+from jaxquant.transforms.training.steps import NotFinite as NotFinite
+from jaxquant.transforms.training.steps import TrainState as TrainState
+from jaxquant.transforms.training.steps import train as train
+from jaxquant.transforms.training.steps import train_state as train_state
+from jaxquant.transforms.training.steps import train_step as train_step

@@ -108,14 +108,18 @@ def fake_quantize(
     `choose_qparams`; the result has x's shape and dtype.
     """
     contract, out = resolve_axes(x, spec, contract, out)
-    w = to_canonical(x, contract, out).astype(compute_dtype(x.dtype))
-    scale, zero = _range_to_scale(w, spec, len(out), jnp.dtype(spec.scale_dtype or x.dtype))
-    scale, zero = per_code(scale.astype(w.dtype), lax.stop_gradient(zero), w.shape, len(out))
-    codes = encode(*lax.stop_gradient((w, scale, zero)), spec).astype(w.dtype)
-    steps = w / scale
-    codes += steps - lax.stop_gradient(steps)  # zero, with the derivative of w / scale
-    in_shape = tuple(x.shape[a] for a in contract)
-    return from_canonical((codes - zero) * scale, contract, out, in_shape).astype(x.dtype)
+
+    def rounded(x):
+        w = to_canonical(x, contract, out).astype(compute_dtype(x.dtype))
+        scale, zero = _range_to_scale(w, spec, len(out), jnp.dtype(spec.scale_dtype or x.dtype))
+        scale, zero = per_code(scale.astype(w.dtype), lax.stop_gradient(zero), w.shape, len(out))
+        codes = _float_codes(*lax.stop_gradient((w, scale, zero)), spec)
+        steps = w * (1 / scale)
+        codes += steps - lax.stop_gradient(steps)  # zero, with the derivative of w / scale
+        in_shape = tuple(x.shape[a] for a in contract)
+        return from_canonical((codes - zero) * scale, contract, out, in_shape).astype(x.dtype)
+
+    return _keeping_inputs_alone(rounded)(x)
 
 
 def fake_quantize_to(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
@@ -134,12 +138,24 @@ def fake_quantize_to(x: jax.Array, scale: jax.Array, zero_point: jax.Array | Non
     Returns:
       The dtype of x.
     """
-    wide, scale = x.astype(compute_dtype(x.dtype)), scale.astype(compute_dtype(x.dtype))
-    zero = jnp.zeros_like(scale) if zero_point is None else _rounded(zero_point.astype(scale.dtype))
-    codes = encode(*lax.stop_gradient((wide, scale, zero)), spec).astype(wide.dtype)
-    low, high = code_limits(spec, wide.dtype)
-    inside = jnp.clip(wide / scale + zero, low - 0.5, high + 0.5)
-    return ((codes + (inside - lax.stop_gradient(inside)) - zero) * scale).astype(x.dtype)
+
+    def rounded(x, scale, zero_point):
+        wide, scale = x.astype(compute_dtype(x.dtype)), scale.astype(compute_dtype(x.dtype))
+        zero = jnp.zeros_like(scale) if zero_point is None else _rounded(zero_point.astype(scale.dtype))
+        codes = _float_codes(*lax.stop_gradient((wide, scale, zero)), spec)
+        low, high = code_limits(spec, wide.dtype)
+        inside = jnp.clip(wide * (1 / scale) + zero, low - 0.5, high + 0.5)
+        return ((codes + (inside - lax.stop_gradient(inside)) - zero) * scale).astype(x.dtype)
+
+    return _keeping_inputs_alone(rounded)(x, scale, zero_point)
+
+
+def _keeping_inputs_alone(fn):
+    """`fn`, which a derivative computes again from its inputs: reading its many intermediate results would take longer.
+
+    Where it does not stand in a loop, XLA may still share what it computes twice.
+    """
+    return jax.checkpoint(fn, prevent_cse=False)
 
 
 def _rounded(x):
@@ -148,12 +164,15 @@ def _rounded(x):
 
 def encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array:
     """clamp(round(x / scale) + zero_point) as int8; the arrays broadcast elementwise."""
+    return _float_codes(x, scale, zero_point, spec).astype(jnp.int8)
+
+
+def _float_codes(x, scale, zero_point, spec):
     dtype = compute_dtype(x.dtype)
     steps = jnp.round(x.astype(dtype) * (1 / scale.astype(dtype)))
     if zero_point is not None:
         steps += zero_point.astype(dtype)
-    low, high = code_limits(spec, dtype)
-    return jnp.clip(steps, low, high).astype(jnp.int8)  # clipped first: float→int casts truncate
+    return jnp.clip(steps, *code_limits(spec, dtype))
 
 
 def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, dtype=None) -> jax.Array:
@@ -205,9 +224,13 @@ def _choose(w, spec, n_out):
 
 def _range_to_scale(w, spec, n_out, scale_dtype):
     """Scale (rounded to its storage dtype) and float zero point of canonical `w`, both `[*lead, groups, *out]`."""
-    low, high = _extremes(w, spec, n_out)
-    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    half = jnp.maximum(-low, high) if spec.symmetric else high * 0.5 - low * 0.5  # the whole could overflow
+    if spec.symmetric:
+        (half,) = _extremes(jnp.abs(w), spec, n_out, jnp.max)
+        low = half
+    else:
+        low, high = _extremes(w, spec, n_out, jnp.min, jnp.max)
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+        half = high * 0.5 - low * 0.5  # the whole could overflow
     scale = half_range_to_scale(half, spec, scale_dtype)
     if spec.symmetric:
         return scale, jnp.zeros(scale.shape, w.dtype)
@@ -236,11 +259,12 @@ def code_limits(spec, dtype):
     return jnp.asarray(spec.min_code, dtype), jnp.asarray(spec.max_code, dtype)
 
 
-def _extremes(w, spec, n_out):
+def _extremes(w, spec, n_out, *reductions):
+    """What reductions make of each range of canonical `w`, `[*lead, groups, *out]` each."""
     axis = w.ndim - 1 - n_out
     if spec.granularity == "per_tensor":
         axes = tuple(range(axis, w.ndim))
-        return jnp.min(w, axes, keepdims=True), jnp.max(w, axes, keepdims=True)
+        return [reduce(w, axes, keepdims=True) for reduce in reductions]
     groups = spec.num_groups(w.shape[axis])
     w = w.reshape(*w.shape[:axis], groups, w.shape[axis] // groups, *w.shape[axis + 1 :])
-    return jnp.min(w, axis + 1), jnp.max(w, axis + 1)
+    return [reduce(w, axis + 1) for reduce in reductions]

@@ -1,0 +1,151 @@
+"""One step of a training with rounded numbers, and many of them, stopped where a number is not finite."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxquant.transforms.tracing.interpreter import path_name
+from jaxquant.transforms.training.fake_quantized import FakeQuantized
+from jaxquant.transforms.training.state import QATState
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "qat", "optimizer"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a training needs to go on; a pytree, so Orbax saves and restores it.
+
+    Attributes:
+      params: the parameters, in float.
+      qat: learned and seen ranges, and the step.
+      optimizer: the state of the optimizer.
+    """
+
+    params: Any
+    qat: QATState
+    optimizer: Any
+
+
+class Metrics(NamedTuple):
+    """What came out of one step.
+
+    Attributes:
+      loss: `[]`, before the step.
+      bad: int32, of each leaf of `{"params", "ranges"}` in order, how many entries of its gradient are not finite.
+      finite: bool `[]`, whether the loss and all gradients are; if not, the state is the one before.
+    """
+
+    loss: jax.Array
+    bad: jax.Array
+    finite: jax.Array
+
+
+class NotFinite(FloatingPointError):
+    """A training met a loss or a gradient that is not finite.
+
+    Attributes:
+      state: the last good one, before that step.
+      step: which it was, from 0.
+    """
+
+    def __init__(self, message: str, state: TrainState, step: int):
+        super().__init__(message)
+        self.state, self.step = state, step
+
+
+def train_state(
+    fn: FakeQuantized, params: Any, optimizer: optax.GradientTransformation, *inputs: Any, **options: Any
+) -> TrainState:
+    """The state before the first step. It holds copies of the parameters, because a step uses its state up.
+
+    Args:
+      fn: from `fake_quantized`.
+      params: its parameters.
+      optimizer: from `qat_optimizer`.
+      inputs, options: one batch, as for `fn`.
+    """
+    params = jax.tree.map(jnp.array, params)
+    qat = fn.init(params, *inputs, **options)
+    return TrainState(params, qat, optimizer.init(_trained(params, qat)))
+
+
+def _trained(params: Any, qat: QATState) -> dict[str, Any]:
+    return {"params": params, "ranges": qat.ranges}
+
+
+def train_step(
+    fn: FakeQuantized, loss: Callable[..., jax.Array], optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Makes a compiled step of training.
+
+    Args:
+      fn: from `fake_quantized`; called with (params, batch).
+      loss: `loss(result, batch, *others) -> []`.
+      optimizer: from `qat_optimizer`.
+
+    Returns:
+      `step(state, batch, *others) -> (state, Metrics)`, which uses the memory of its state. Others are any pytrees that
+      the loss reads, such as the parameters of a teacher.
+    """
+
+    def objective(trained, qat, batch, others):
+        result, qat = fn.apply(trained["params"], dataclasses.replace(qat, ranges=trained["ranges"]), batch)
+        return loss(result, batch, *others), qat
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch, *others):
+        trained = _trained(state.params, state.qat)
+        (value, qat), gradient = jax.value_and_grad(objective, has_aux=True)(trained, state.qat, batch, others)
+        bad = jnp.stack([jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradient)])
+        finite = jnp.isfinite(value) & jnp.all(bad == 0)
+        updates, moments = optimizer.update(gradient, state.optimizer, trained)
+        trained = optax.apply_updates(trained, updates)
+        after = TrainState(trained["params"], dataclasses.replace(qat, ranges=trained["ranges"]), moments)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        return kept, Metrics(value, bad, finite)
+
+    return step
+
+
+def train(
+    step: Callable[..., tuple[TrainState, Metrics]],
+    state: TrainState,
+    batches: Iterable[Any],
+    *others: Any,
+    watch: Callable[[TrainState, float], None] | None = None,
+) -> TrainState:
+    """Takes one step per batch.
+
+    Args:
+      step: from `train_step`.
+      state: from `train_state`, or where a training was left; it is used up.
+      batches: what `step` takes.
+      others: the same for every step.
+      watch: called with the state and the loss after each step, for example to save it.
+
+    Raises:
+      NotFinite: a loss or a gradient is not finite; it says where, and has the last good state.
+    """
+    for batch in batches:
+        state, metrics = step(state, batch, *others)
+        if not metrics.finite:
+            raise _not_finite(state, metrics)
+        if watch is not None:
+            watch(state, float(metrics.loss))
+    return state
+
+
+def _not_finite(state: TrainState, metrics: Metrics) -> NotFinite:
+    at = int(state.qat.step)
+    what = f"the loss is {float(metrics.loss)}"
+    if np.isfinite(float(metrics.loss)):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(_trained(state.params, state.qat))
+        first = int(np.flatnonzero(np.asarray(metrics.bad))[0])
+        what = f"{int(metrics.bad[first])} entries of the gradient of '{path_name(leaves[first][0])}' are not finite"
+    remedy = "lower the learning rate, or clip gradients; the state before this step is in `state` of this error"
+    return NotFinite(f"step {at}: {what}; {remedy}", state, at)
