@@ -27,6 +27,7 @@ from jaxquant.checkpoints.lora import Merged
 from jaxquant.checkpoints.native import HEADER, load_tree, read_tree, write_tree
 from jaxquant.checkpoints.tensors import Tensors
 from jaxquant.kernels.prepare import prepare
+from jaxquant.loading import quantized_params
 from jaxquant.models import TINYLM
 from jaxquant.models.config import FAMILIES, DecoderConfig
 from jaxquant.models.model import Model
@@ -71,6 +72,7 @@ def load_pretrained(
     *,
     stacked: bool | None = None,
     adapter: str | os.PathLike | None = None,
+    quantize: Any = None,
 ) -> tuple[Model, Any]:
     """Loads a model and its parameters.
 
@@ -83,6 +85,9 @@ def load_pretrained(
         `[layers, in, out]`), or each has parameters of its own ("layers/0/mlp/up_proj/kernel") and may be quantized in
         its own way. None stacks them unless they are quantized differently.
       adapter: a directory or hub id of a LoRA adapter in PEFT's files, which is added to a float model's weights.
+      quantize: a recipe, as for `quantize_params`, by which a float model is quantized while it is read: the floats of
+        all layers are never in memory at once. Only for methods that need no statistics, such as `RTN`. A bare config
+        takes the linear layers, as `Model.recipe` has it.
 
     Returns:
       `(model, params)`: `model.apply(params, tokens)` gives logits `[batch, time, vocab]`. Parameters have the dtype
@@ -92,7 +97,7 @@ def load_pretrained(
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.
       ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is none to compute
         in, layers that are quantized differently are to be stacked, or the adapter is not plain LoRA, not the model's,
-        or to be added to quantized weights.
+        or to be added to quantized weights, or `quantize` needs statistics, takes nothing, or the model is quantized.
     """
     checkpoint = open_pretrained(name, adapter)
     uneven = checkpoint.uneven
@@ -101,7 +106,9 @@ def load_pretrained(
     if stacked and uneven is not None:
         raise ValueError(f"{checkpoint.directory}: {uneven}; load it with stacked=False")
     _check_compute_dtype(dtype)
-    params = checkpoint.params(stacked)
+    if quantize is not None and checkpoint.is_quantized:
+        raise ValueError(f"{checkpoint.directory} is quantized already; leave out quantize={quantize!r}")
+    params = checkpoint.params(stacked) if quantize is None else quantized_params(checkpoint, quantize, stacked)
     largest = max(jax.tree.leaves(params, is_leaf=is_qtensor), key=lambda leaf: leaf.size)
     model = checkpoint.with_dtype(largest.dtype if dtype is None else dtype).model
     return dataclasses.replace(model, stacked=stacked), params
