@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxquant import pretrained
+from jaxquant import opening, pretrained
 from jaxquant.checkpoints.native import HEADER, path_of
 from jaxquant.checkpoints.orbax import OrbaxArrays
 from jaxquant.checkpoints.tensors import Tensors
@@ -94,8 +94,8 @@ def inspect_checkpoint(name: str | os.PathLike) -> Inspection:
     Raises:
       FileNotFoundError, ValueError: as there.
     """
-    directory = pretrained.find_model(name)
-    if pretrained.holds_bare_tree(directory):
+    directory = opening.find_model(name)
+    if opening.holds_bare_tree(directory):
         config, params = None, pretrained.load(directory)
     else:
         model, params = pretrained.load_pretrained(directory)
@@ -110,11 +110,11 @@ def _stored(directory: Path, config: DecoderConfig | None, paths: set[str]) -> C
     """Bytes in the files by the parameter that they belong to, under their own name where that is none."""
     sizes = Counter[str]()
     if config is None or (directory / HEADER).is_file():
-        orbax = pretrained.holds_orbax(directory)
+        orbax = opening.holds_orbax(directory)
         tensors: Tensors | OrbaxArrays = OrbaxArrays(directory) if orbax else Tensors(directory)
         owner = functools.partial(_native_owner, paths)
     else:
-        tensors, owner = pretrained.stored_tensors(directory, config), functools.partial(_owner, tensor_paths(config))
+        tensors, owner = opening.stored_tensors(directory, config), functools.partial(_owner, tensor_paths(config))
     for name in tensors:
         sizes[owner(name)] += tensors.nbytes(name)
     return sizes

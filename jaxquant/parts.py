@@ -19,7 +19,8 @@ from jaxquant.models.model import Model
 from jaxquant.models.names import modules, some_tensors
 from jaxquant.models.stacking import unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.pretrained import SOURCE, Format
+from jaxquant.opening import SOURCE
+from jaxquant.pretrained import Format
 from jaxquant.transforms.fold import fold
 
 FORMATS = ("jaxquant", *FOREIGN)  # that can be written in parts

@@ -17,9 +17,10 @@ import numpy as np
 from jaxquant.checkpoints.resumable import Run, resumable_directory
 from jaxquant.evaluation.data import Samples
 from jaxquant.models.names import parameter_shapes
+from jaxquant.opening import SOURCE, Checkpoint
 from jaxquant.parts import ModelParts
 from jaxquant.preflight import Preflight
-from jaxquant.pretrained import SOURCE, Checkpoint, Format
+from jaxquant.pretrained import Format
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.report import Report, stacked_reports
 from jaxquant.transforms.stream import Predecessors, Stream

@@ -25,6 +25,7 @@ from jaxquant.evaluation.data import (
 )
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.models.model import Model
+from jaxquant.opening import find_model, open_pretrained
 from jaxquant.parts import FORMATS
 from jaxquant.streaming import LayerByLayer, Progress
 from jaxquant.transforms.recipe import needs_statistics
@@ -43,7 +44,7 @@ class TextSource:
     """A checkpoint's tokenizer and the built-in text; the tokenizer is read when it is first needed."""
 
     def __init__(self, name: str | os.PathLike):
-        self.directory = pretrained.find_model(name)
+        self.directory = find_model(name)
         self._tokenizer: Any = None
 
     def encode(self, text: str) -> list[int]:
@@ -182,7 +183,7 @@ def quantize_checkpoint(
             f"{type(config).__name__} looks at all layers at once, and here they are quantized one after the other; "
             "use quantize_params with what load_pretrained returns"
         )
-    directory = pretrained.find_model(name)
+    directory = find_model(name)
     if os.path.realpath(out) == os.path.realpath(directory):
         raise ValueError(f"{out} is the checkpoint that is read; write to another directory")
     if format not in FORMATS:
@@ -191,7 +192,7 @@ def quantize_checkpoint(
             "and save what it returns"
         )
     pretrained.check_save(out, config.spec, format=format, overwrite=overwrite)
-    checkpoint = pretrained.open_pretrained(directory).with_dtype("float32")
+    checkpoint = open_pretrained(directory).with_dtype("float32")
     if checkpoint.is_quantized:
         raise ValueError(f"{directory} is quantized already; quantize the float checkpoint that it was made from")
     model, samples, how = checkpoint.model, None, dict[str, Any]()
@@ -232,10 +233,10 @@ def evaluate_checkpoint(
     Raises:
       ValueError, OSError: bad input.
     """
-    directory = pretrained.find_model(name)
+    directory = find_model(name)
     model, params = pretrained.load_pretrained(directory, dtype="float32")
     context = min(context, model.config.max_position_embeddings)
-    against = None if baseline is None else pretrained.load_pretrained(pretrained.find_model(baseline), dtype="float32")
+    against = None if baseline is None else pretrained.load_pretrained(find_model(baseline), dtype="float32")
     if against is not None:
         context = min(context, against[0].config.max_position_embeddings)
     tokens = evaluation_tokens(model, TextSource(directory), data, context)

@@ -229,7 +229,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_lost(checkpoint, tmp_path, c
 def test_a_bad_output_is_refused_before_any_work(checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
-    monkeypatch.setattr("jaxquant.pretrained.open_pretrained", lambda *a, **k: pytest.fail("work was begun"))
+    monkeypatch.setattr("jaxquant.workflows.open_pretrained", lambda *a, **k: pytest.fail("work was begun"))
     status, _, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "full"))
     assert status == 1
     assert "not empty" in error
@@ -241,7 +241,7 @@ def test_a_bad_output_is_refused_before_any_work(checkpoint, tmp_path, capsys, m
 
 
 def test_names_that_cannot_be_written_are_refused_before_any_work(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jaxquant.pretrained.open_pretrained", lambda *a, **k: pytest.fail("work was begun"))
+    monkeypatch.setattr("jaxquant.workflows.open_pretrained", lambda *a, **k: pytest.fail("work was begun"))
     status, _, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / ("n" * 240)))
     assert (status, "too long" in error) == (1, True)
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from jaxquant import workflows
 from jaxquant.kernels.matmul import quantized_matmul
 from jaxquant.models.stacking import is_stacked, stack_layers, unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
-from jaxquant.pretrained import open_pretrained
+from jaxquant.opening import open_pretrained
 
 HF_CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -120,8 +120,7 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
         if isinstance(recipe, list | tuple):
             quantizable |= {p for p in floats if p in stats.lookups}
     else:
-        patterns = [pattern for pattern, _ in rules_of(recipe)]
-        quantizable = {p for p in floats if _named_as_weight(p) or any(p.rpartition("/")[2] in r for r in patterns)}
+        quantizable = weights_by_name(floats, recipe)
     taken = resolve(recipe, named, quantizable)
     if not taken:
         raise ValueError("the recipe quantizes nothing: every rule that matches has None for its config")
@@ -132,6 +131,12 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
         for candidate in choose.candidates(job):
             _check(candidate)
     return jobs
+
+
+def weights_by_name(paths: Iterable[str], recipe: Any) -> set[str]:
+    """Those of some matrices that are weights: by their names, or because a rule of the recipe names them."""
+    patterns = [pattern for pattern, _ in rules_of(recipe)]
+    return {p for p in paths if _named_as_weight(p) or any(p.rpartition("/")[2] in r for r in patterns)}
 
 
 def _named_as_weight(path: str) -> bool:
