@@ -24,7 +24,7 @@ def quantized_params(source: Checkpoint, recipe: Any, stacked: bool) -> dict[str
     """
     taken, model = _taken(source.model, recipe, stacked), source.model
     outer = _quantized(source.outer(), {path: c for path, c in taken.items() if not path.startswith("layers/")})
-    layers = {}
+    layers: dict[str, Any] = {}
     for i in range(model.config.num_layers):
         layer = {str(i): unstack_layers(source.layers(range(i, i + 1)))["layers"]["0"]}
         paths = {layer_path(path, i) if stacked else path: c for path, c in taken.items()}
