@@ -1,43 +1,16 @@
-"""The command line: parses, calls, prints."""
+"""The command line: parses, and calls `commands`."""
 
 import argparse
-import contextlib
-import dataclasses
 import io
-import json
-import logging
-import math
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-from jaxquant import inspection, workflows
-from jaxquant.checkpoints.formats import FOREIGN
-from jaxquant.methods.awq import AWQ
-from jaxquant.methods.chain import Chain
-from jaxquant.methods.gptq import GPTQ
-from jaxquant.methods.llm_int8 import LLMInt8
-from jaxquant.methods.rtn import RTN
-from jaxquant.methods.smoothquant import SmoothQuant
+from jaxquant.evaluation.task_metrics import METRICS
 from jaxquant.numerics.scale_search import Clip
-from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 from jaxquant.parts import FORMATS
 from jaxquant.transforms.stream import Predecessors
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
-_READERS = {  # of the options that not every method reads
-    "no_act_order": ("gptq",),
-    "clip": ("rtn", "gptq", "awq"),
-    "refine": ("gptq",),
-    "alpha": ("smoothquant",),
-    "threshold": ("llm-int8",),
-}
 MODEL_HELP = 'directory of a checkpoint, hub id, or "tinylm" for the packaged model'
 DATA_HELP = "file of text (.txt, .jsonl with a text field) or token ids (.npy, flat or [samples, time]); default: "
 
@@ -61,30 +34,33 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("jaxquant", description="Quantizes large language models in JAX.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_quantize(commands)
-    _add_evaluate(commands)
-    _add_inspect(commands)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(subparsers)
+    _add_quantize(subparsers)
+    _add_evaluate(subparsers)
+    _add_inspect(subparsers)
+    _add_generate(subparsers)
     return parser
 
 
-def _add(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help)
+def _add(subparsers, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(name, help=help, description=help)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
-def _add_demo(commands) -> None:
-    parser = _add(commands, "demo", _demo, "quantize the packaged model by every method at 8, 4, 3 and 2 bits")
+def _add_demo(subparsers) -> None:
+    parser = _add(
+        subparsers, "demo", commands.demo, "quantize the packaged model by every method at 8, 4, 3 and 2 bits"
+    )
     parser.add_argument(
         "--out", default="jaxquant-demo", help="directory for the table and plots (default: %(default)s)"
     )
 
 
-def _add_quantize(commands) -> None:
-    parser = _add(commands, "quantize", _quantize, "quantize the linear layers of a checkpoint")
+def _add_quantize(subparsers) -> None:
+    parser = _add(subparsers, "quantize", commands.quantize, "quantize the linear layers of a checkpoint")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--method", choices=METHODS, default="gptq", help="default: %(default)s")
@@ -128,189 +104,41 @@ def _add_quantize(commands) -> None:
                         help="begin anew where a run that writes DIR was not finished")  # fmt: skip
 
 
-def _add_evaluate(commands) -> None:
-    parser = _add(commands, "evaluate", _evaluate, "perplexity of a checkpoint, alone or against a baseline")
+def _add_evaluate(subparsers) -> None:
+    parser = _add(subparsers, "evaluate", commands.evaluate, "perplexity of a checkpoint, alone or against a baseline")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--baseline", metavar="MODEL", help="compare with this model on the same tokens")
     parser.add_argument("--data", metavar="FILE", help=DATA_HELP + "held-out files of Python's standard library")
     parser.add_argument("--context", type=int, default=512, metavar="T",
                         help="tokens that the model sees at once (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--metric", choices=METRICS,
+                        help="score what the model writes: --data is .jsonl of prompt and reference (for instruction: "
+                        "of prompt and properties)")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
+                        help="with --metric: tokens to write (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--keep", default="jaxquant-predictions", metavar="DIR",
+                        help="with --metric: where texts are kept as they come, for a run that is interrupted to go on "
+                        "(default: %(default)s)")  # fmt: skip
 
 
-def _add_inspect(commands) -> None:
-    parser = _add(commands, "inspect", _inspect, "list the parameters of a checkpoint: sizes, codes, histograms")
+def _add_generate(subparsers) -> None:
+    parser = _add(subparsers, "generate", commands.generate, "write on from a prompt")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("prompt", metavar="PROMPT", help="text to go on from")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
+                        help="tokens to write (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the draws (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P",
+                        help="draw from the likeliest tokens of this probability (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--cache-bits", type=int, metavar="B",
+                        help="round keys and values of past tokens to 2 to 8 bits (default: not at all)")  # fmt: skip
 
 
-def _demo(args) -> None:
-    from jaxquant import demo  # draws with matplotlib, which no other command waits for
-
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
-    with _progress() as progress:
-        result = demo.run(progress)
-    files = demo.save(result, out)
-    if args.json:
-        return _print_json(dataclasses.asdict(result))
-    caption = (
-        f"float: {result.float_size / 1e6:.2f} MB, perplexity {result.float_perplexity:.3f}; "
-        f"groups of {result.group_size}; {result.evaluation_tokens:,} held-out tokens"
+def _add_inspect(subparsers) -> None:
+    parser = _add(
+        commands, "inspect", commands.inspect, "list the parameters of a checkpoint: sizes, codes, histograms"
     )
-    table = Table(caption=caption, box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("method", "bits", "MB", "bits/w", "perplexity", "loss increase", "KL", "top-1", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
-    for row in result.rows:
-        numbers = (f"{row.size / 1e6:.2f}", f"{row.bits_per_weight:.3f}", f"{row.perplexity:.3f}")
-        increase = f"{row.loss_increase:+.4f} ±{row.loss_stderr:.4f}"
-        rest = (f"{row.kl:.4f}", f"{row.top1_agreement:.1%}", f"{row.seconds:.1f}")
-        table.add_row(row.method, f"W{row.bits}A{row.activation_bits}", *numbers, increase, *rest)
-    Console().print(table)
-    print("written:", *files)
-
-
-def _quantize(args) -> None:
-    config = _method_config(args)
-    with _progress() as progress, _notes():
-        report = workflows.quantize_checkpoint(
-            args.model,
-            args.out,
-            config,
-            calibration=args.calibration,
-            num_samples=args.num_samples,
-            seq_len=args.seq_len,
-            field=args.field,
-            pad=args.pad,
-            seed=args.seed,
-            format=args.format,
-            predecessors=args.predecessors,
-            overwrite=args.overwrite,
-            resume=not args.no_resume,
-            progress=progress,
-        )
-    if args.json:
-        return _print_json({"out": args.out, "format": args.format, **report.to_dict()})
-    Console().print(report.table())
-    print(f"written: {args.out} ({args.format})")
-
-
-def _method_config(args) -> Any:
-    """The method config that the arguments of `quantize` describe; ValueError for one that the method does not read."""
-    steps = args.method.split("+")
-    for option, readers in _READERS.items():
-        if getattr(args, option) not in (None, False) and not set(steps) & set(readers):
-            flag = "--" + option.replace("_", "-")
-            raise ValueError(f"{flag} is read by --method {', '.join(readers)} only; leave it out")
-    eight = args.method in ("smoothquant", "llm-int8")
-    bits = (8 if eight else 4) if args.bits is None else args.bits
-    group_size = 128 if args.group_size is None and not eight else args.group_size
-    kind = args.activations or ("dynamic" if args.method == "smoothquant" else "none")
-    activations = None if kind == "none" else ActivationSpec(static=kind == "static")
-    group_size = None if args.per_channel else group_size
-    scales = FOREIGN[args.format].fields if args.format in FOREIGN else {}
-    spec = QuantSpec(bits, group_size, not args.asymmetric, activations=activations, **scales)
-    outliers = 0 if args.format == "bitsandbytes" else None  # has no place for float weights
-    gptq = {"act_order": not args.no_act_order, "clip": args.clip, "refine": args.refine or 0}
-    made = {
-        "rtn": lambda: RTN(spec, clip=args.clip),
-        "gptq": lambda: GPTQ(spec, **gptq),
-        "awq": lambda: AWQ(spec, clip=args.clip or AWQ.clip),
-        "smoothquant": lambda: SmoothQuant(args.alpha, spec),
-        "llm-int8": lambda: LLMInt8(LLMInt8.threshold if args.threshold is None else args.threshold, spec, outliers),
-    }
-    configs = [made[step]() for step in steps]
-    return configs[0] if len(configs) == 1 else Chain(*configs)
-
-
-def _evaluate(args) -> None:
-    with _progress() as progress:
-        result = workflows.evaluate_checkpoint(
-            args.model, baseline=args.baseline, data=args.data, context=args.context, progress=progress
-        )
-    comparison = result.comparison
-    if args.json:
-        return _print_json(result._asdict() | {"comparison": comparison and _plain(comparison)})
-    print(f"perplexity {result.perplexity:.4f} ({result.tokens:,} tokens, context {result.context})")
-    if comparison:
-        print(f"baseline   {comparison.baseline_perplexity:.4f}")
-        for name in ("loss_increase", "kl", "top1_agreement"):
-            estimate = getattr(comparison, name)
-            print(f"{name.replace('_', ' '):<15}{estimate.mean:+.5f} ± {estimate.stderr:.5f}")
-
-
-def _inspect(args) -> None:
-    found = inspection.inspect_checkpoint(args.model)
-    if args.json:
-        totals = {"stored_nbytes": found.stored_nbytes, "nbytes": found.nbytes}
-        leaves = [leaf._asdict() | {"histogram": leaf.histogram._asdict()} for leaf in found.leaves]
-        return _print_json({**totals, "left_aside_nbytes": found.left_aside_nbytes, "leaves": leaves})
-    caption = f"{found.stored_nbytes:,} bytes on disk, {found.nbytes:,} bytes in memory"
-    if found.left_aside_nbytes:
-        caption += f"; {found.left_aside_nbytes:,} of those on disk are not loaded"
-    table = Table(caption=caption, box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("parameter", "shape", "stored as", "on disk", "in memory", "histogram"):
-        table.add_column(column, justify="right" if column in ("on disk", "in memory") else "left", overflow="fold")
-    above: list[str] = []
-    for leaf in found.leaves:
-        *modules, name = leaf.path.split("/")
-        for depth, module in enumerate(modules):
-            if modules[: depth + 1] != above[: depth + 1]:
-                table.add_row("  " * depth + module)
-        above = modules
-        table.add_row("  " * len(modules) + name, *_cells(leaf))
-    Console(width=max(Console().width, 110)).print(table)  # a narrower table would be all folds
-
-
-def _cells(leaf: inspection.Leaf) -> tuple[str, ...]:
-    kind, histogram = leaf.stored_as, leaf.histogram
-    if leaf.symmetric is None and histogram.values:
-        kind += f", {histogram.values[0]:.2g} to {histogram.values[-1]:.2g}"
-    if leaf.nonfinite:
-        kind += f", {leaf.nonfinite:,} not finite"
-    shape = "×".join(map(str, leaf.shape))
-    return shape, kind, f"{leaf.stored_nbytes:,}", f"{leaf.nbytes:,}", histogram.bars()
-
-
-def _plain(comparison) -> dict[str, Any]:
-    return {k: v._asdict() if hasattr(v, "_asdict") else v for k, v in comparison._asdict().items()}
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(_finite(value), indent=1, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: None in its place, as for the standard error over a single window."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[workflows.Progress]:
-    """Progress bars on standard error, one per kind of work."""
-    columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield progress
-
-
-@contextlib.contextmanager
-def _notes() -> Iterator[None]:
-    """What the library logs (how much memory it will take) on standard error, a line each."""
-    logger, handler = logging.getLogger("jaxquant"), logging.StreamHandler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
