@@ -5,6 +5,7 @@ import io
 import sys
 from typing import get_args
 
+from jaxquant import commands
 from jaxquant.evaluation.task_metrics import METRICS
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.parts import FORMATS
@@ -138,7 +139,6 @@ def _add_generate(subparsers) -> None:
 
 
 def _add_inspect(subparsers) -> None:
-    parser = _add(
-        commands, "inspect", commands.inspect, "list the parameters of a checkpoint: sizes, codes, histograms"
-    )
+    what = "list the parameters of a checkpoint: sizes, codes, histograms"
+    parser = _add(subparsers, "inspect", commands.inspect, what)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
