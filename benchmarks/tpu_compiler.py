@@ -1,9 +1,9 @@
 """Compiles the Mosaic TPU kernels on a machine without a TPU, by the compiler in the package libtpu.
 
-As a program it takes a chip and cases on the command line, each of them JSON with the arguments of `compiled`, and
-prints a line of JSON with the result of each:
+As a program it takes a chip, and the arguments of `compiled` as JSON for each product, and prints a line of JSON with
+the sizes of each program:
 
-    python benchmarks/tpu_compiler.py v5e '{"m": 16, "k": 4096, "n": 4096, "bits": 4, "group": 128}'
+    python benchmarks/tpu_compiler.py v5e '{"chip": "v5e", "m": 16, "k": 4096, "n": 4096, "bits": 4, "group": 128}'
 
 A compiler that fails may abort the process.
 """
@@ -82,7 +82,7 @@ def sizes(program) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    chip, *cases = sys.argv[1:]
-    device = device_of(chip)
+    target, *cases = sys.argv[1:]
+    device = device_of(target)
     for case in cases:
-        print(json.dumps(sizes(compiled(device, chip, **json.loads(case)))), flush=True)
+        print(json.dumps(sizes(compiled(device, **json.loads(case)))), flush=True)

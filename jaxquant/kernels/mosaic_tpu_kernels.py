@@ -25,7 +25,7 @@ from jaxquant.numerics.spec import QuantSpec
 
 CHUNK = 512  # channels that are multiplied at a time, at most, unless a group is longer
 UNROLLED = 32  # chunks, at most
-UNROLLED_ROWS = 1024  # tokens of all unrolled chunks together, beyond a single one: the program's size grows with them
+UNROLLED_ROWS = 2048  # tokens of all unrolled chunks together, beyond a single one: the program's size grows with them
 
 
 def product(

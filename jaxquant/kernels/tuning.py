@@ -100,6 +100,7 @@ class TpuChip:
 
 
 TPU_LANES = 128  # numbers in a row of a register
+TPU_SUBLANES = 16  # rows of bfloat16 numbers in it
 _MIB = 2**20
 TPU_CHIPS = {  # a quarter of the memory is left to the compiler; None is what all of them have
     "v4": TpuChip(12 * _MIB, 128, False),
@@ -111,16 +112,17 @@ TPU_CHIPS = {  # a quarter of the memory is left to the compiler; None is what a
 }
 # The largest tiles; of those that fit in memory, the first are taken. None was timed on a chip: they rank first by the
 # cycles that the compiler estimates (benchmarks/tpu_cycles.py). Wide tiles with all of K take few steps, each of which
-# costs about 0.35 µs; many tokens read the weights again for each tile of them.
-_TPU = (
-    TpuTiles(tile_m=512, tile_n=1024, tile_k=8192),
-    TpuTiles(tile_m=256, tile_n=1024, tile_k=4096),
+# costs about 0.35 µs. Tiles of 256 tokens overlap better than those of 512; but where weights are scaled before they
+# are multiplied, which each tile of tokens does anew, more tokens share that.
+_SHALLOW = (
+    TpuTiles(tile_m=256, tile_n=1024, tile_k=8192),
     TpuTiles(tile_m=128, tile_n=512, tile_k=4096),
     TpuTiles(tile_m=64, tile_n=512, tile_k=2048),
     TpuTiles(tile_m=32, tile_n=256, tile_k=2048),
     TpuTiles(tile_m=32, tile_n=128, tile_k=512),
 )
-TPU_TILES = dict.fromkeys(TPU_CHIPS, _TPU)
+_DEEP = TpuTiles(tile_m=512, tile_n=1024, tile_k=8192), *_SHALLOW
+TPU_TILES = {"v4": _SHALLOW, "v5e": _SHALLOW, "v5p": _SHALLOW, "v6e": _DEEP, "tpu7x": _DEEP, None: _SHALLOW}
 
 
 def tpu_tiles(
@@ -137,7 +139,7 @@ def tpu_tiles(
     """
 
     def cut(tiles: TpuTiles) -> TpuTiles:
-        tile_m = _even(tokens, tiles.tile_m, 32 if rounded else 16)
+        tile_m = _even(tokens, tiles.tile_m, TPU_SUBLANES)
         tile_n = _even(outputs, tiles.tile_n, TPU_LANES)
         tile_k = max(
             t for t in range(group, channels + 1, group) if channels % t == 0 and t <= max(tiles.tile_k, group)
