@@ -23,6 +23,7 @@ from jaxquant.models.rope_config import FULL, ROPE_KEYS, SLIDING, read_ropes
 from jaxquant.models.values import check_values
 
 _FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, MIXTRAL, QWEN3_MOE, GPT2, OPT)
+MAX_EXPERTS = 10**6  # of all layers: each has tensors with names of their own
 FAMILIES = {family.architecture: family for family in _FAMILIES}
 
 
@@ -86,6 +87,8 @@ class DecoderConfig:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows={self.windows}: a window of less than one position sees nothing")
+        if self.num_layers * self.num_experts > MAX_EXPERTS:
+            raise ValueError(f"num_layers={self.num_layers} with num_experts={self.num_experts} each are too many")
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token}, but there are only num_experts={self.num_experts}"

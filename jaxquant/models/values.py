@@ -21,7 +21,7 @@ _NULLABLE = {
     *("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window", "rope_theta"),
     *("attn_logit_softcapping", "final_logit_softcapping", "factor", "attention_factor"),
 }
-MAX_LAYERS = 10**4
+_MOST = {"num_hidden_layers": 10**4, "num_local_experts": 10**4}  # each tensor of which has a name
 LARGEST = 1e30  # far beyond any model's, and far from overflow
 
 
@@ -31,7 +31,7 @@ def check_values(settings: Mapping[str, Any], words: Mapping[str, str] = Mapping
         if value is None and key in _NULLABLE:
             continue
         if key in _COUNTS:
-            least, most = int(key != "max_window_layers"), MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+            least, most = int(key != "max_window_layers"), _MOST.get(key, 2**31 - 1)
             right, wanted = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
         elif key in _MEASURES:
             right, wanted = is_measure(value), f"a number above 0, up to {LARGEST}"
