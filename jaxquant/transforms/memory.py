@@ -6,6 +6,7 @@ Nor is what no compiler tells: on a CPU, what matrix products pack for themselve
 takes, so an estimate is no strict bound there (some 100 MiB were measured above it in a first call).
 """
 
+import ctypes
 import dataclasses
 import itertools
 import logging
@@ -78,6 +79,13 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes that a compiled program holds on a device while it runs, beside its arguments and results."""
     analysis = compiled.memory_analysis()
     return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def give_back() -> None:
+    """Gives memory of the host that was freed back to the system, where the C library would keep it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def types_bytes(tree: Any) -> int:

@@ -80,12 +80,14 @@ class Stream:
           ValueError: as `calibrate` and `quantize_params`.
         """
         stats = self._calibrate(params, progress)
+        memory.give_back()  # or what calibration has freed would be taken again and again
         jobs = plan(dict(named_leaves(params)), stats, self._recipe)
         if not self._announced:  # the others need the same
             memory.ensure_fits(needed_memory(jobs), params)
             self._announced = True
         tree, report = run_jobs(jobs, params, stats, None)
         del params, stats, jobs
+        memory.give_back()
         if self.inputs is not None and not self._through_float and not last:
             for i, x in enumerate(self.inputs):
                 self.inputs[i] = jax.block_until_ready(self._fn(tree, x))
