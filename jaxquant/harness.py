@@ -170,8 +170,8 @@ class HarnessLM(TemplateLM):
 
 def _sampling(kwargs: dict[str, Any]) -> Sampling:
     """What the settings of a task mean; ValueError for one that would change what is drawn and is not known."""
-    draws = kwargs.pop("do_sample", False)
-    temperature = float(kwargs.pop("temperature", 0.0) or 0.0) if draws else 0.0
+    draws, temperature = kwargs.pop("do_sample", False), float(kwargs.pop("temperature", 0.0) or 0.0)
+    temperature = temperature if draws else 0.0
     limits = {name: kwargs.pop(name, None) for name in ("top_k", "top_p")}
     if kwargs:
         raise ValueError(f"generation settings {sorted(kwargs)} are not supported; leave them out of the task")
