@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import environment
@@ -72,8 +73,8 @@ def main(args) -> None:
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
     rows = []
     for name in CHIPS:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows += pool.apply(rows_of, (name,))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            rows += process.submit(rows_of, name).result()
     if args.out is not None:
         args.out.write_text(json.dumps({"environment": about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
     what, most = TARGET

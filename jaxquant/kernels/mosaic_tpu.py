@@ -130,7 +130,7 @@ def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=False) -> jax.Array
 
 def _pre_scaled(x: jax.Array, q: QTensor) -> bool:
     m, k, _, groups = _sizes(x, q)
-    if groups == 1 or q.spec.activations is not None or x.dtype != jnp.bfloat16:
+    if groups == 1 or x.dtype != jnp.bfloat16:
         return False
     assert q.prepared is not None
     return m > POST_SCALED and k // groups < TPU_CHIPS[q.prepared.chip].depth

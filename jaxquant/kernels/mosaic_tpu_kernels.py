@@ -7,7 +7,8 @@ A tile of the result is summed over K in chunks, whose codes enter the matrix un
                    pre-scaled: weights are scaled before they are multiplied, and a chunk is several groups
 
 The input's rows stay in fast memory, with all of K, for all tiles of outputs. Where they are to be rounded, that is
-done for the first of these tiles, and the codes are kept.
+done for the first of these tiles, and the codes are kept: integers, or the same numbers as bfloat16 if they are
+multiplied with weights that were scaled.
 """
 
 import dataclasses
@@ -125,7 +126,8 @@ class _Plan:
         tile_m, tile_n = self.tiles.tile_m, self.tiles.tile_n
         total = pltpu.VMEM((tile_m, tile_n), jnp.int32 if self.rounded and self.groups == 1 else jnp.float32)
         qparams = pltpu.VMEM((self.scales, 1, tile_n), jnp.float32)  # indexed in a loop: only leading axes may be
-        codes = [pltpu.VMEM((tile_m, self.k), jnp.int8), pltpu.VMEM((tile_m, TPU_LANES), jnp.float32)]
+        integers = jnp.bfloat16 if self.pre_scaled else jnp.int8  # both hold codes
+        codes = [pltpu.VMEM((tile_m, self.k), integers), pltpu.VMEM((tile_m, TPU_LANES), jnp.float32)]
         return [total, qparams, *[qparams] * self.has_zero, *(codes if self.rounded else [])]
 
 
@@ -174,7 +176,7 @@ def _chunk(plan: _Plan, rows, w_ref, qparams, start, i):
         w = (steps * scale).reshape(w.shape).astype(x.dtype)
     elif plan.rounded is not None:
         w = w.astype(jnp.int8)
-    summed = jnp.float32 if plan.rounded is None else jnp.int32
+    summed = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     part = lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=summed)
     if plan.pre_scaled:
         return part
@@ -187,7 +189,7 @@ def _round_rows(spec: QuantSpec, x_ref, codes, unit) -> None:
     """The codes of rows, and what they are multiples of: NaN for a row with an input that no code stands for."""
     x = x_ref[...].astype(jnp.float32)
     scale = half_range_to_scale(jnp.max(jnp.abs(x), 1, keepdims=True), spec, x_ref.dtype)
-    codes[...] = encode(x, scale, None, spec)
+    codes[...] = encode(x, scale, None, spec).astype(codes.dtype)
     finite = jnp.min(jnp.where(jnp.isfinite(x), 1.0, 0.0), 1, keepdims=True)
     unit[...] = jnp.broadcast_to(jnp.where(finite > 0, scale.astype(jnp.float32), jnp.nan), unit.shape)
 

@@ -100,7 +100,7 @@ class TpuChip:
 
 
 TPU_LANES = 128  # numbers in a row of a register
-TPU_SUBLANES = 16  # rows of bfloat16 numbers in it
+TPU_SUBLANES = 16  # rows of bfloat16 in a register
 _MIB = 2**20
 TPU_CHIPS = {  # a quarter of the memory is left to the compiler; None is what all of them have
     "v4": TpuChip(12 * _MIB, 128, False),
@@ -139,7 +139,7 @@ def tpu_tiles(
     """
 
     def cut(tiles: TpuTiles) -> TpuTiles:
-        tile_m = _even(tokens, tiles.tile_m, TPU_SUBLANES)
+        tile_m = tokens if tokens < TPU_SUBLANES else _even(tokens, tiles.tile_m, TPU_SUBLANES)
         tile_n = _even(outputs, tiles.tile_n, TPU_LANES)
         tile_k = max(
             t for t in range(group, channels + 1, group) if channels % t == 0 and t <= max(tiles.tile_k, group)
@@ -148,7 +148,7 @@ def tpu_tiles(
         qparams = tile_k // group * tile_n * (4 + 1)
         summed = tile_m * tile_n * 4
         chunk = max(group, 512) * tile_n * 4
-        kept = tile_m * channels * rounded + qparams * 16 + summed
+        kept = tile_m * channels * 2 * rounded + qparams * 16 + summed
         return TpuTiles(tile_m, tile_n, tile_k, 2 * (loaded + qparams) + kept + summed + chunk + 2 * _MIB)
 
     return next((t for t in map(cut, TPU_TILES[chip]) if t.memory <= TPU_CHIPS[chip].memory), None)
