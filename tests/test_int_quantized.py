@@ -169,15 +169,16 @@ def test_head_and_embedding_are_quantized_or_left(tmp_path):
     assert distance(model.apply(qparams, TOKENS), torch_logits(tmp_path / "head")) < 1e-5
 
 
-def written_upstream(directory, activations, targets=("Linear",)):
+def written_upstream(directory, activations, targets=("Linear",), bits=None, group_size=32, symmetric=True):
     """A random model, quantized and written by compressed-tensors alone; returns the weights that it stands for."""
     from compressed_tensors.compressors import ModelCompressor
 
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
-    strategy = {"strategy": "channel"} if activations else {"strategy": "group", "group_size": 32}
-    bits = 8 if activations else 4
-    weights = quantization.QuantizationArgs(num_bits=bits, type="int", symmetric=True, **strategy)
+    group_size = None if activations else group_size
+    strategy = {"strategy": "channel"} if group_size is None else {"strategy": "group", "group_size": group_size}
+    bits = bits or (8 if activations else 4)
+    weights = quantization.QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **strategy)
     inputs = activations and quantization.QuantizationArgs(
         **{"num_bits": 8, "type": "int", "symmetric": True, **activations}
     )
@@ -191,11 +192,14 @@ def written_upstream(directory, activations, targets=("Linear",)):
         if not hasattr(module, "quantization_scheme") or not hasattr(module, "weight"):
             continue
         w = module.weight.data.mul_(8)
-        groups = w.reshape(len(w), -1, w.shape[1] if activations else 32)
-        scale = groups.abs().amax(-1) * (2 / (2**bits - 1))
+        groups = w.reshape(len(w), -1, group_size or w.shape[1])
+        scale, zero = chosen(groups, bits, symmetric)
         module.weight_scale.data = scale
-        codes = (groups / scale[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        meant[name] = (codes * scale[..., None]).reshape(w.shape).numpy()
+        if not symmetric:
+            module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
+        codes = (groups / scale[..., None]).round() + zero[..., None]
+        codes = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        meant[name] = ((codes - zero[..., None]) * scale[..., None]).reshape(w.shape).numpy()
         if hasattr(module, "input_scale"):
             module.input_scale.data = torch.tensor([0.02])
         if hasattr(module, "input_zero_point"):
@@ -209,10 +213,20 @@ def written_upstream(directory, activations, targets=("Linear",)):
     return meant
 
 
-def read_upstream(directory, *arguments):
+def chosen(groups, bits, symmetric):
+    """Scales and zero points of weights `[rows, groups, inputs]`."""
+    if symmetric:
+        scale = groups.abs().amax(-1) * (2 / (2**bits - 1))
+        return scale, torch.zeros_like(scale)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    return scale, (-(2 ** (bits - 1)) - low / scale).round()
+
+
+def read_upstream(directory, *arguments, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        meant = written_upstream(directory, *arguments)
+        meant = written_upstream(directory, *arguments, **options)
     model, params = jq.load_pretrained(directory)
     return model, params, meant
 
@@ -236,6 +250,31 @@ def test_files_of_compressed_tensors_are_read(tmp_path, kind):
     assert q.spec == jq.int8(activations=expected)
     np.testing.assert_allclose(jq.dequantize(q)[0].T, meant[Q], rtol=1e-6)
     assert distance(model.apply(params, TOKENS), torch_logits(tmp_path / "out")) < (1e-5 if expected.static else 0.06)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"),
+    [(4, 32, False), (4, None, True), (3, 16, True), (8, 32, False), (8, None, True)],
+)
+def test_packed_files_of_compressed_tensors_are_read(tmp_path, bits, group_size, symmetric):
+    """And written back as they were."""
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    model, params, meant = read_upstream(tmp_path / "out", None, **options)
+    for layer, q in enumerate(jq.dequantize(params["layers"]["self_attn"]["q_proj"]["kernel"])):
+        np.testing.assert_allclose(q.T, meant[Q.replace("0", str(layer))], rtol=1e-5, atol=1e-7)
+    assert params["layers"]["mlp"]["down_proj"]["kernel"].spec == jq.QuantSpec(bits, group_size, symmetric)
+    jq.save(tmp_path / "again", model, params, format="compressed-tensors")
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert theirs.keys() == ours.keys()
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+
+
+def test_asymmetric_weights_with_rounded_inputs_of_compressed_tensors_are_read(tmp_path):
+    given, expected = STRATEGIES["dynamic"]
+    _, params, meant = read_upstream(tmp_path / "out", given, symmetric=False)
+    q = params["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert q.spec == jq.int8(symmetric=False, activations=expected)
+    np.testing.assert_allclose(jq.dequantize(q)[0].T, meant[Q], rtol=1e-5, atol=1e-7)
 
 
 def test_a_packed_embedding_of_compressed_tensors_is_read(tmp_path):

@@ -165,10 +165,10 @@ def without(*names):
 
 DAMAGED = {
     "version": (change_header(version=2), "version 2 is not known"),
-    "empty": (change_header(empty=[]), "does not list the empty arrays"),
-    "an empty array": (change_header(empty={"x": {"dtype": "f", "shape": [2]}}), r"the shape \[2\] of x is not empty"),
-    "its dtype": (change_header(empty={"x": {"dtype": "nonsense", "shape": [0]}}), "x: .*nonsense"),
-    "its keys": (change_header(empty={"x": 3}), "x is no dtype and shape: 3"),
+    "empty": (change_header(empty={"x": 1}), "is no name, dtype and shape of an empty array"),
+    "an empty array": (change_header(empty=[["x", "float32", [2]]]), "is no name, dtype and shape of an empty array"),
+    "its dtype": (change_header(empty=[["x", "nonsense", [0]]]), "'x': .*nonsense"),
+    "its shape": (change_header(empty=[["x", "float32", [0, -1]]]), "is no name, dtype and shape of an empty array"),
     "unknown": (change_header(tree=None), "does not mention the tensor w"),
     "no manifest": (without("arrays/manifest.ocdbt"), "manifest.ocdbt is missing"),
     "no metadata": (without("arrays/_METADATA"), "arrays"),

@@ -336,7 +336,10 @@ def test_layers_that_are_quantized_differently_cannot_be_stacked(checkpoints, tm
             lambda c: c.update(quantization_config={"quant_method": "hqq"}),
             "quant_method='hqq' is not read; supported",
         ),
-        (lambda c: c.update(quantization_config="hqq"), "quant_method='hqq' is not read; supported"),
+        (
+            lambda c: c.update(quantization_config="gptq"),
+            "quantization_config='gptq' is not supported; expected an object",
+        ),
         (lambda c: c.update(quantization_config={}), "quant_method=None is not read"),
         (lambda c: c.update(num_hidden_layers=3), "model.layers.2.* missing from the checkpoint"),
         (lambda c: c.update(vocab_size=97), "has shape .*the configuration says"),

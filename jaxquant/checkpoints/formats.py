@@ -67,8 +67,9 @@ def quantization_config(directory: Path, hf_config: Mapping[str, Any]) -> dict[s
         if file == CONFIG:
             return None
         given = {"quant_method": OLD_CONFIGS[file], **read_json(directory / file)}
-    method = given.get("quant_method") if isinstance(given, dict) else given
+    if not isinstance(given, dict):
+        raise ValueError(f"{directory / file}: quantization_config={given!r} is not supported; expected an object")
+    method = given.get("quant_method")
     if method not in [*FOREIGN]:
         raise ValueError(f"{directory / file}: quant_method={method!r} is not read; supported: {', '.join(FOREIGN)}")
-    assert isinstance(given, dict)
     return given

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from jaxquant.checkpoints.json_file import check_link
+
 CONFIG = "config.json"
 OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # what older writers put nowhere else
 COMPANIONS = (  # what a tokenizer and `generate` read
@@ -36,7 +38,12 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copies the tokenizer and the generation settings of one checkpoint into another, as far as there are any."""
+    """Copies the tokenizer and the generation settings of one checkpoint into another, as far as there are any.
+
+    Raises:
+      ValueError: one of them is a link to a file elsewhere.
+    """
     for name in COMPANIONS:
         if (source / name).is_file():
+            check_link(source / name)
             shutil.copyfile(source / name, directory / name)

@@ -2,7 +2,7 @@
 
 A directory with `jaxquant.json`, as in the native format,
 
-    {"format": "orbax", "version": 1, "tree": NODE, "empty": {name: {"dtype": dtype, "shape": [...]}, ...}}
+    {"format": "orbax", "version": 1, "tree": NODE, "empty": [[name, dtype, shape], ...]}
 
 and `arrays`, what Orbax writes of the dict of all arrays by name (OCDBT, not compressed). It does not store arrays
 without an entry; those are listed under `empty`.
@@ -27,6 +27,7 @@ from jaxquant.checkpoints.native import HEADER, build_tree, describe_tree, path_
 from jaxquant.checkpoints.tensors import same_bits
 
 FORMAT = "orbax"
+LIMIT = 2**31  # of the sizes of axes
 Placement = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
 
@@ -39,7 +40,7 @@ def write_orbax(directory: Path, tree: Any) -> None:
     stored = {name: a for name, a in arrays.items() if a.size}
     if stored:
         _checkpointer().save((directory / FOLDER).absolute(), args=ocp.args.PyTreeSave(stored))
-    listed = {name: {"dtype": a.dtype.name, "shape": list(a.shape)} for name, a in empty.items()}
+    listed = [[name, a.dtype.name, list(a.shape)] for name, a in empty.items()]
     write_json(directory / HEADER, {"format": FORMAT, "version": 1, "tree": node, "empty": listed})
     read = OrbaxArrays(directory)
     for name, array in stored.items():
@@ -146,19 +147,17 @@ def _checkpointer() -> ocp.Checkpointer:
 def _read_empty(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shapes and dtypes of the arrays without an entry."""
     listed, found = read_json(file).get("empty"), {}
-    if not isinstance(listed, dict):
-        raise ValueError(f"{file} does not list the empty arrays")
-    for name, entry in listed.items():
+    for entry in listed if isinstance(listed, list) else [listed]:
         match entry:
-            case {"dtype": str(dtype), "shape": list(shape), **rest} if not rest:
-                if 0 not in shape or any(type(size) is not int or not 0 <= size < 2**31 for size in shape):
-                    raise ValueError(f"{file}: the shape {str(shape)[:80]} of {name} is not empty")
+            case [str(name), str(dtype), list(shape)] if 0 in shape and all(
+                type(n) is int and 0 <= n < LIMIT for n in shape
+            ):
                 try:
                     found[name] = tuple(shape), jnp.dtype(dtype)
                 except TypeError as error:
-                    raise ValueError(f"{file}: {name}: {error}") from error
+                    raise ValueError(f"{file}: {name!r}: {error}") from error
             case _:
-                raise ValueError(f"{file}: {name} is no dtype and shape: {str(entry)[:80]}")
+                raise ValueError(f"{file}: {str(entry)[:80]!r} is no name, dtype and shape of an empty array")
     return found
 
 

@@ -3,7 +3,7 @@
 The layout is Hugging Face's (https://huggingface.co/docs/safetensors). Tensors are read one at a time, into memory of
 their own; those that are copied or looked through at once can be mapped instead, which takes none. (A file that shrinks
 under a map kills the process, so maps are not kept.) A shard that the index names must lie in the directory itself;
-symbolic links there are followed, because the hub's cache is made of them.
+symbolic links are followed within it and within the hub's cache, which is made of them.
 """
 
 import copy
@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxquant.checkpoints.json_file import read_json, write_json
+from jaxquant.checkpoints.json_file import check_link, read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -266,6 +266,7 @@ def _read_header(file: Path) -> dict[str, _Place]:
     """The tensors of a file. The format's own reader checks that they fit together, and that the file is whole."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; download or write the checkpoint again")
+    check_link(file)
     try:
         safe_open(file, framework="np")
     except SafetensorError as error:
