@@ -35,7 +35,10 @@ from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 HEADER = "jaxquant.json"
 VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
-_OPTIONAL = ("zero_point", "input_scale", "input_zero_point", "channel_scale", "outlier_index", "outlier_weight")
+_OPTIONAL = (
+    *("zero_point", "input_scale", "input_zero_point", "channel_scale", "outlier_index", "outlier_weight"),
+    *("adapter_in", "adapter_out"),
+)
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype", "prepared"))
 
 
