@@ -36,6 +36,7 @@ BATCH, LENGTH = 8, 256
 CALIBRATION = 128, 512
 WINDOWS, CONTEXT = 64, 512
 TIMED = 10
+ROWS_PER_BATCH, ROUNDING_STEPS, ROUNDING_RATE = 4, 200, 5e-3
 
 
 def batches(text: workflows.TextSource, steps: int) -> np.ndarray:
@@ -72,6 +73,23 @@ def trained(model, params, recipe, rate: float, data: np.ndarray, learned: bool)
     return jq.convert(state.params, state.qat, recipe), losses
 
 
+def reconstructed(model, params, qparams, samples: np.ndarray) -> Any:
+    """The parameters with rounding learned layer by layer from where it is."""
+
+    def blocks(tree):
+        count = len(model.blocks.windows)
+        layers = [jax.tree.map(lambda a, i=i: a[i : i + 1], tree["layers"]) for i in range(count)]
+        return [{"layers": own, "windows": model.blocks.windows[i : i + 1]} for i, own in enumerate(layers)]
+
+    tokens = jnp.asarray(samples).reshape(-1, ROWS_PER_BATCH, samples.shape[-1])
+    inputs = model.blocks.embed(params["embed_tokens"]["embedding"], tokens)
+    learned, errors = jq.reconstruct(
+        model.blocks.apply, blocks(params), blocks(qparams), inputs, steps=ROUNDING_STEPS, rate=ROUNDING_RATE
+    )
+    print("  errors of layers:", *(f"{e.before:.3g} -> {e.after:.3g}" for e in errors), flush=True)
+    return {**qparams, "layers": jax.tree.map(lambda *a: jnp.concatenate(a), *(b["layers"] for b in learned))}
+
+
 def step_times(model, params, data: np.ndarray) -> dict[str, float]:
     """Median seconds of a gradient, in turns."""
     functions = {"float": model.apply}
@@ -106,10 +124,13 @@ def measure(steps: int, settings: list[str]) -> dict:
         after = {
             "RTN": jq.RTN(spec),
             "GPTQ refined": jq.GPTQ(spec, clip="diagonal", refine=6),
-            "learned rounding": jq.AutoRound(spec),
         }
         for method, config in after.items():
             qparams, _ = jq.quantize_params(params, stats, model.recipe(config))
+            row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
+        if spec.activations is None:
+            method = "GPTQ refined, learned rounding"
+            qparams = reconstructed(model, params, qparams, samples)
             row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
         for method, config in {"QAT": jq.RTN(spec), "QAT, learned ranges": jq.LSQ(spec)}.items():
             recipe, learned = model.recipe(config), isinstance(config, jq.LSQ)
