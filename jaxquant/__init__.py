@@ -42,7 +42,10 @@ from jaxquant.transforms.report import Report as Report
 from jaxquant.transforms.training.convert import convert as convert
 from jaxquant.transforms.training.distill import distillation_loss as distillation_loss
 from jaxquant.transforms.training.fake_quantized import fake_quantized as fake_quantized
+from jaxquant.transforms.training.lora import lora_init as lora_init
+from jaxquant.transforms.training.lora import with_lora as with_lora
 from jaxquant.transforms.training.optimizer import qat_optimizer as qat_optimizer
+from jaxquant.transforms.training.reconstruct import reconstruct as reconstruct
 from jaxquant.transforms.training.schedule import MovingAverage as MovingAverage
 from jaxquant.transforms.training.schedule import Schedule as Schedule
 from jaxquant.transforms.training.state import QATState as QATState

@@ -27,13 +27,21 @@ CONFIG = {
 }
 
 
+OPT = {
+    **{key: CONFIG[key] for key in CONFIG if key not in ("intermediate_size", "num_key_value_heads")},
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "ffn_dim": 96,
+}
+
+
 def is_layer_kernel(path):
-    return path.startswith("layers/") and path.endswith("kernel")
+    return path.startswith("layers/") and path.endswith("kernel") and "mlp/gate/" not in path  # a router
 
 
-def random_model(spec=None, only=is_layer_kernel, **changes):
+def random_model(spec=None, only=is_layer_kernel, config=CONFIG, **changes):
     """A model, and its stacked parameters, of which those that `only` names are quantized to `spec`."""
-    model = jq.Model.from_hf({**CONFIG, **changes})
+    model = jq.Model.from_hf({**config, **changes})
     shapes = parameter_shapes(model.config)
     params = {path: random_array(shape, changes.get("dtype", "float32"), i) for i, (path, shape) in
               enumerate(sorted(shapes.items()))}  # fmt: skip

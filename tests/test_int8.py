@@ -170,7 +170,7 @@ def test_a_model_with_outliers(tmp_path):
     [
         (lambda: jq.LLMInt8(threshold=0), "threshold=0 of outliers must be positive"),
         (lambda: jq.LLMInt8(threshold=-6.0), "threshold=-6.0 of outliers must be positive"),
-        (lambda: jq.LLMInt8(outliers=0), "outliers=0 must be a positive whole number"),
+        (lambda: jq.LLMInt8(outliers=-1), "outliers=-1 must be a whole number"),
         (lambda: jq.ActivationSpec(static=True, outlier_threshold=6.0), "dynamic per_token ranges only"),
         (lambda: jq.LLMInt8(outliers=8).quantize(jnp.ones((K, N)), None), "LLMInt8 needs calibration statistics"),
         (lambda: jq.quantize_params({"w": jnp.ones((K, N))}, None, jq.LLMInt8()), "LLMInt8 needs calibration"),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from checks import assert_same, quick_compilation  # noqa: F401
 from functions import CASES, normal
+from meshes import P, mesh_of
 
+import jaxquant as jq
 from jaxquant.methods.lsq import LSQ
 from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.affine import dequantize, fake_quantize, quantize
@@ -57,6 +59,40 @@ def test_converted_outputs_are_those_it_was_trained_with(name):
         for q in filter(is_qtensor, jax.tree.leaves(qparams, is_leaf=is_qtensor)):
             q.validate()
         assert_same(quantized(case.apply)(qparams, second), want)
+
+
+HF = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@pytest.mark.parametrize("label", ["lsq", "rtn, static"])
+def test_a_converted_model_is_saved_in_every_format(label, tmp_path):
+    model = jq.Model.from_hf(HF)
+    params, recipe = model.init(jax.random.key(0)), model.recipe(RECIPES[label])
+    tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+    run = fake_quantized(model.apply, recipe)
+    want, state = run.apply(params, run.init(params, tokens), tokens)
+    qparams = convert(params, dataclasses.replace(state, observed=run.init(params, tokens).observed), recipe)
+    for kind in ("jaxquant", "compressed-tensors"):
+        jq.save(tmp_path / kind, model, qparams, format=kind)
+        again, loaded = jq.load_pretrained(tmp_path / kind)
+        assert_same(again.apply(loaded, tokens), want)
 
 
 # ------------------------------------------------------------------------------------------------------------------ LSQ
@@ -238,3 +274,25 @@ def test_a_state_of_another_recipe_is_refused():
 def test_bad_schedules_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_learned_ranges_inside_of_shard_map():
+    """Each device takes the part of the ranges that belongs to its experts."""
+    mesh = mesh_of(data=2, model=4)
+
+    def fn(params, x):
+        inner = lambda w, x: jnp.einsum("etk,ekn->etn", x, w)  # noqa: E731
+        return jax.shard_map(inner, mesh=mesh, in_specs=(P("model"), P("model")), out_specs=P("model"))(params["w"], x)
+
+    params, x = {"w": normal(4, 16, 8)}, normal(4, 5, 16)
+    run = fake_quantized(fn, LSQ(int4(activations=ZERO)))
+    state = run.init(params, x)
+    assert state.ranges["w"]["input_scale"].shape == (4,)
+    _, state = run.apply(params, state, x)
+    gradient = jax.grad(lambda r: jnp.sum(jnp.sin(run.apply(params, dataclasses.replace(state, ranges=r), x)[0])))
+    assert len(set(np.asarray(gradient(state.ranges)["w"]["input_scale"]).tolist())) == 4
+    qparams = convert(params, state, LSQ(int4(activations=ZERO)))
+    want = jnp.stack(
+        [quantized(product)({"w": jax.tree.map(lambda a, e=e: a[e], qparams["w"])}, x[e]) for e in range(4)]
+    )
+    assert_same(run.apply(params, state, x)[0], want)

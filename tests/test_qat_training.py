@@ -132,8 +132,21 @@ def test_a_gradient_that_is_not_finite_is_named():
     fn, optimizer = fake_quantized(net, RTN(int4())), qat_optimizer(optax.sgd(0.1))
     step = train_step(fn, lambda y, x: jnp.sum(jnp.sqrt(jnp.abs(y - jax.lax.stop_gradient(y)))), optimizer)
     start = train_state(fn, PARAMS, optimizer, BATCHES[0])
-    with pytest.raises(NotFinite, match=r"step 0: .* entries of the gradient of 'params/down' are not finite"):
+    with pytest.raises(NotFinite, match=r"step 0: 'params/down': .* entries of its gradient are not finite"):
         train(step, start, BATCHES[:1])
+
+
+def test_an_update_that_is_not_finite_is_not_made():
+    """Adam divides by a square root that float16 rounds to zero."""
+    fn, optimizer = fake_quantized(net, RTN(int4())), qat_optimizer(optax.adam(1e-3))
+    half = jax.tree.map(lambda a: a.astype("float16"), PARAMS)
+    start = train_state(fn, half, optimizer, BATCHES[0])
+    step = train_step(fn, lambda y, x: 1e-5 * jnp.mean(y), optimizer)
+    with pytest.raises(
+        NotFinite, match=r"step 0: 'params/.*would not be finite after it; .* train in float32"
+    ) as caught:
+        train(step, start, BATCHES[:1])
+    assert_equal(caught.value.state.params, half)
 
 
 def test_distillation_is_the_divergence_from_the_teacher():

@@ -221,6 +221,8 @@ def check_matrix(q: QTensor, kind: str) -> None:
             f"{list(q.shape)} contracted over {q.contract}; expected the matrix of a {kind}, contracted over "
             f"{AXES[kind][0]}"
         )
+    if q.adapter_in is not None:
+        raise ValueError("adapters have no place in the format; keep them apart, or use format='jaxquant'")
     if q.channel_scale is not None:
         raise ValueError(
             "it has a channel scale that cannot be folded away, and the format has no place for one; quantize with "

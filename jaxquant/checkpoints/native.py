@@ -38,7 +38,7 @@ VERSION = 1
 _AXES = ("contract", "out", "in_shape")  # a QTensor's static fields that are tuples of integers
 _OPTIONAL = (
     *("zero_point", "input_scale", "input_zero_point", "channel_scale"),
-    *("outlier_index", "outlier_weight", "input_order"),
+    *("outlier_index", "outlier_weight", "input_order", "adapter_in", "adapter_out"),
 )
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if f.name not in (*_AXES, "spec", "dtype", "prepared"))
 

@@ -8,6 +8,7 @@ shapes alone, so it can be told, and tested, without the hardware.
 import jax
 
 from jaxquant.kernels import cpu, int8, mixed, mosaic_gpu, mosaic_tpu, reference, xla
+from jaxquant.numerics import adapters
 from jaxquant.numerics.qtensor import QTensor
 
 IMPLEMENTATIONS = {  # the first that does not decline is taken
@@ -26,6 +27,8 @@ def quantized_matmul(
 ) -> jax.Array:
     """Multiplies an input, rounded as `q.spec.activations` says, with a quantized weight; differentiable in x.
 
+    So it is in the low-rank part that the weight may have (`adapter_in`, `adapter_out`).
+
     Args:
       x: float `[*lead, T, K]`, in the dtype `q.dtype`.
       q: weight with the same leading axes and K input channels.
@@ -39,7 +42,9 @@ def quantized_matmul(
     Raises:
       ValueError: there is no such implementation, or it cannot run; the message says why, of this and all others.
     """
-    return IMPLEMENTATIONS[chosen(x, q, implementation)].matmul(x, q, preferred_element_type, precision)
+    codes = adapters.without(q)
+    y = IMPLEMENTATIONS[chosen(x, codes, implementation)].matmul(x, codes, preferred_element_type, precision)
+    return y if q.adapter_in is None else y + adapters.matmul(x, q, preferred_element_type, precision)
 
 
 def chosen(x: jax.Array, q: QTensor, implementation: str | None = None) -> str:
@@ -70,4 +75,5 @@ def quantized_ragged_matmul(
     Returns:
       `[T, N]`.
     """
-    return reference.ragged_matmul(x, q, groups, preferred_element_type, precision)
+    y = reference.ragged_matmul(x, adapters.without(q), groups, preferred_element_type, precision)
+    return y if q.adapter_in is None else y + adapters.ragged_matmul(x, q, groups, preferred_element_type, precision)

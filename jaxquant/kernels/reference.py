@@ -22,9 +22,13 @@ def declines(x: jax.Array, q: QTensor) -> str | None:
 
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
     """`[*lead, T, K] · [*lead, K, *out] -> [*lead, T, *out]`, see `kernels.matmul.quantized_matmul`."""
-    x, static = prepared(x, q)
-    x = round_input(x, static, q.spec.activations)
-    return product(x, scaled_dense(q).astype(q.dtype), preferred_element_type, precision)
+
+    def run(x, q):
+        x, static = prepared(x, q)
+        x = round_input(x, static, q.spec.activations)
+        return product(x, scaled_dense(q).astype(q.dtype), preferred_element_type, precision)
+
+    return jax.checkpoint(run)(x, q)  # or the dense weight would be kept for the derivative
 
 
 def with_derivative(fn: Callable, x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
@@ -68,14 +72,18 @@ def ragged_matmul(x: jax.Array, q: QTensor, groups: jax.Array, preferred_element
         raise ValueError("outliers of rows that belong to different experts are not told apart; use another method")
     if activations is not None and not activations.static and activations.granularity == "per_tensor":
         raise ValueError("a dynamic per_tensor range would be one for the rows of all experts; use per_token")
-    static, channels, order = jax.tree.map(  # those of each row's expert
-        lambda a: jnp.repeat(a.reshape(len(a), -1), groups, axis=0, total_repeat_length=len(x)),
-        (static_qparams(q), q.channel_scale, q.input_order),
-    )
-    x = divide_channels(x, channels)
-    x = x if order is None else jnp.take_along_axis(x, order, -1)
-    x = round_input(x, static, activations)
-    return lax.ragged_dot(x, scaled_dense(q).astype(q.dtype), groups, precision, preferred_element_type)
+
+    def run(x, q, groups):
+        static, channels, order = jax.tree.map(  # those of each row's expert
+            lambda a: jnp.repeat(a.reshape(len(a), -1), groups, axis=0, total_repeat_length=len(x)),
+            (static_qparams(q), q.channel_scale, q.input_order),
+        )
+        x = divide_channels(x, channels)
+        x = x if order is None else jnp.take_along_axis(x, order, -1)
+        x = round_input(x, static, activations)
+        return lax.ragged_dot(x, scaled_dense(q).astype(q.dtype), groups, precision, preferred_element_type)
+
+    return jax.checkpoint(run)(x, q, groups)
 
 
 def varying_as(operands, out: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.numerics import adapters
 from jaxquant.numerics.layout import check_layout, from_canonical, to_canonical
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec, compute_dtype
@@ -89,7 +90,9 @@ def dense(q: QTensor) -> jax.Array:
     if q.input_order is not None:
         axis = w.ndim - 1 - len(q.out)
         w = take_along(w, jnp.argsort(q.input_order, axis), axis - w.ndim, axis)
-    return w if q.channel_scale is None else w / q.channel_scale.astype(w.dtype)
+    if q.channel_scale is not None:
+        w = w / q.channel_scale.astype(w.dtype)
+    return w if q.adapter_in is None else w + adapters.dense(q).astype(w.dtype)
 
 
 def scaled_dense(q: QTensor) -> jax.Array:

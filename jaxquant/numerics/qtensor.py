@@ -19,13 +19,13 @@ PACKED_BITS = 4  # codes of this width or less are stored as a dense bitstream
     jax.tree_util.register_dataclass,
     data_fields=[
         *("values", "scale", "zero_point", "input_scale", "input_zero_point", "channel_scale"),
-        *("outlier_index", "outlier_weight", "input_order"),
+        *("outlier_index", "outlier_weight", "input_order", "adapter_in", "adapter_out"),
     ],
     meta_fields=["spec", "dtype", "contract", "out", "in_shape", "prepared"],
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """Integer codes with their scales: `x ≈ (codes - zero_point) · scale / channel_scale`.
+    """Integer codes with their scales: `x ≈ (codes - zero_point) · scale / channel_scale + adapter_in · adapter_out`.
 
     Every array is kept in the canonical layout `[*lead, ·, *out]` (see `numerics.layout`), whatever the axes of the
     weight it stands for. Leading (layer, expert) axes are ordinary leading axes of every array, so a QTensor can be
@@ -55,6 +55,10 @@ class QTensor:
       input_order: int32 `[*lead, K, 1, ...]` with as many axes as `scale`, the input channel that each row of codes
         belongs to, where those that share a scale do not lie together (act-order checkpoints from elsewhere). A product
         divides its input by the channel scale, and then takes it in this order. None is the channels' own.
+      adapter_in: float `[*lead, K·r, 1, ...]` with as many axes as `scale`, the factor `[K, r]` of a low-rank part of
+        the weight that is kept in floating point (LoRA), row by row; None where there is none.
+      adapter_out: its other factor, float `[*lead, r, *out]`. A product multiplies them with its input as it is,
+        neither divided nor rounded.
       prepared: for whose kernels `values` have been re-laid (see `numerics.prepared`); None is the layout above.
 
     These lines are checked by `validate`, which is never called when JAX rebuilds the pytree: inside transformations
@@ -75,6 +79,8 @@ class QTensor:
     outlier_index: jax.Array | None = None
     outlier_weight: jax.Array | None = None
     input_order: jax.Array | None = None
+    adapter_in: jax.Array | None = None
+    adapter_out: jax.Array | None = None
     prepared: Prepared | None = None
 
     @classmethod
@@ -192,6 +198,7 @@ class QTensor:
             right = self.input_order.shape == (*lead, size, *(1,) * len(out))
             _expect("input_order", self.input_order, jnp.int32, right and self.outlier_index is None)
         self._validate_outliers(lead, whole_out)
+        self._validate_adapter(size, lead, whole_out)
 
     def _validate_values(self, size: int) -> None:
         bits, axis = self.spec.bits, self._axis
@@ -221,6 +228,15 @@ class QTensor:
             kept = rows.shape[len(lead)] if rows.ndim > len(lead) else 0
             _expect("outlier_index", index, jnp.int32, index.shape == (*lead, kept, *(1,) * len(out)))
             _expect("outlier_weight", rows, jnp.dtype(self.dtype), rows.shape == (*lead, kept, *out))
+
+    def _validate_adapter(self, size: int, lead: tuple[int, ...], out: tuple[int, ...]) -> None:
+        first, second = self.adapter_in, self.adapter_out
+        if (first is None) != (second is None):
+            raise ValueError(f"adapter_in is {first}, but adapter_out is {second}")
+        if first is not None and second is not None:
+            rank = second.shape[len(lead)] if second.ndim > len(lead) else 0
+            _expect("adapter_in", first, second.dtype, first.shape == (*lead, size * rank, *(1,) * len(out)))
+            _expect("adapter_out", second, first.dtype, second.shape == (*lead, rank, *out))
 
 
 def _plain(codes, spec, axis):  # as they lie where no platform is known

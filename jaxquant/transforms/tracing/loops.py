@@ -153,8 +153,15 @@ def _sliceable(x) -> bool:
 
 
 def _indexed(x) -> bool:
-    """Whether the body takes its layer of a view itself: JAX would slice the wrong axis of a QTensor's arrays."""
-    return isinstance(x, View) and isinstance(x.payload, QTensor)
+    """Whether the body takes its layer of a view itself: JAX would slice the wrong axis of a QTensor's arrays.
+
+    Not where the first axis of all of them is the one that is sliced: the derivative of what is sliced by JAX is put
+    together layer by layer, and that of what a body takes for itself is added up, whole, in every iteration.
+    """
+    if not isinstance(x, View) or not isinstance(x.payload, QTensor):
+        return False
+    whole = x.whole(0)
+    return whole is None or payloads.payload_axis(x, whole) != 0
 
 
 def _one_layer(x, sliced, i, token: int):

@@ -108,6 +108,9 @@ def _split_qtensor(v, local, of_axis, mesh, index) -> tuple | str:
         return PartitionSpec(*lead, k, *out)
 
     specs = jax.tree.map(spec, q)
+    if q.adapter_out is not None:  # its rows are ranks, of which every device has all
+        lead, _, out = names(q.adapter_out.shape)
+        specs = dataclasses.replace(specs, adapter_out=PartitionSpec(*lead, None, *out))
     if q.contract_last:
         at, sizes = q.values.ndim - 1 - len(q.out), q.values.shape
         lead, k, out = names((*sizes[:at], sizes[-1], *sizes[at:-1]))

@@ -36,12 +36,14 @@ class Metrics(NamedTuple):
 
     Attributes:
       loss: `[]`, before the step.
-      bad: int32, of each leaf of `{"params", "ranges"}` in order, how many entries of its gradient are not finite.
-      finite: bool `[]`, whether the loss and all gradients are; if not, the state is the one before.
+      gradient, update: int32, of each leaf of `{"params", "ranges"}` in order, how many entries of its gradient, and of
+        what it would become, are not finite.
+      finite: bool `[]`, whether the loss and all of those are; if not, the state is the one before.
     """
 
     loss: jax.Array
-    bad: jax.Array
+    gradient: jax.Array
+    update: jax.Array
     finite: jax.Array
 
 
@@ -101,13 +103,13 @@ def train_step(
     def step(state: TrainState, batch, *others):
         trained = _trained(state.params, state.qat)
         (value, qat), gradient = jax.value_and_grad(objective, has_aux=True)(trained, state.qat, batch, others)
-        bad = jnp.stack([jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradient)])
-        finite = jnp.isfinite(value) & jnp.all(bad == 0)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
         trained = optax.apply_updates(trained, updates)
+        bad = _not_finite_in(gradient), _not_finite_in(trained)
+        finite = jnp.isfinite(value) & jnp.all(jnp.stack(bad) == 0)
         after = TrainState(trained["params"], dataclasses.replace(qat, ranges=trained["ranges"]), moments)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-        return kept, Metrics(value, bad, finite)
+        return kept, Metrics(value, *bad, finite)
 
     return step
 
@@ -140,12 +142,28 @@ def train(
     return state
 
 
+def _not_finite_in(tree: Any) -> jax.Array:
+    """How many entries of each leaf."""
+    return jnp.stack([jnp.sum(~jnp.isfinite(a), dtype=jnp.int32) for a in jax.tree.leaves(tree)])
+
+
 def _not_finite(state: TrainState, metrics: Metrics) -> NotFinite:
-    at = int(state.qat.step)
-    what = f"the loss is {float(metrics.loss)}"
-    if np.isfinite(float(metrics.loss)):
-        leaves, _ = jax.tree_util.tree_flatten_with_path(_trained(state.params, state.qat))
-        first = int(np.flatnonzero(np.asarray(metrics.bad))[0])
-        what = f"{int(metrics.bad[first])} entries of the gradient of '{path_name(leaves[first][0])}' are not finite"
-    remedy = "lower the learning rate, or clip gradients; the state before this step is in `state` of this error"
-    return NotFinite(f"step {at}: {what}; {remedy}", state, at)
+    step = int(state.qat.step)
+    remedy = "lower the learning rate, or clip gradients"
+    if not np.isfinite(float(metrics.loss)):
+        what = f"the loss is {float(metrics.loss)}"
+    elif np.any(metrics.gradient):
+        what = f"{_first(state, metrics.gradient)} of its gradient are not finite"
+    else:
+        what = f"{_first(state, metrics.update)} would not be finite after it"
+        remedy += ", or train in float32"
+    return NotFinite(
+        f"step {step}: {what}; {remedy}. The state before this step is in `state` of this error", state, step
+    )
+
+
+def _first(state: TrainState, counts: jax.Array) -> str:
+    """The first leaf with a count, in words."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(_trained(state.params, state.qat))
+    i = int(np.flatnonzero(np.asarray(counts))[0])
+    return f"'{path_name(leaves[i][0])}': {int(counts[i])} entries"

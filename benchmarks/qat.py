@@ -1,0 +1,175 @@
+"""Training with rounded numbers beside rounding after training, on the packaged model and held-out text.
+
+    python benchmarks/qat.py [--steps N] [--settings NAME ...] [--out benchmarks/results/qat.json]
+
+Each setting is rounded to nearest (RTN), by GPTQ with refinement, by learned rounding, and trained: once with ranges
+that are the extremes of the weights, once with learned ones (LSQ). The loss of training is the divergence from the
+frozen float model, which knows no labels: the float model itself, trained so on the same tokens, stays what it is, so
+nothing is earned by going on with pretraining. Increase of the loss and divergence are measured on held-out text;
+`recovered` is the share of RTN's divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step times are
+medians of a step with rounded numbers and of one without, taken in turns.
+"""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import environment
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxquant as jq
+from jaxquant import workflows
+
+SPECS = {
+    "W4A8": jq.int4(activations=jq.ActivationSpec()),
+    "W3 g128": jq.int3(group_size=128),
+    "W2 g64": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
+}
+RATES = {"W4A8": 2e-4, "W3 g128": 5e-4, "W2 g64": 1e-3}  # of the weights, found on other steps
+BATCH, LENGTH = 8, 256
+CALIBRATION = 128, 512
+WINDOWS, CONTEXT = 64, 512
+TIMED = 10
+ROWS_PER_BATCH, ROUNDING_STEPS, ROUNDING_RATE = 4, 200, 5e-3
+
+
+def batches(text: workflows.TextSource, steps: int) -> np.ndarray:
+    """Token ids `[steps, BATCH, LENGTH]` from the text that the model was trained on, in random places."""
+    stream = text.corpus("train", 10**9)
+    starts = np.random.default_rng(0).integers(0, len(stream) - LENGTH, (steps, BATCH, 1))
+    return stream[starts + np.arange(LENGTH)]
+
+
+def distilled(model, logits, tokens, teacher) -> jax.Array:
+    return jq.distillation_loss(logits, model.apply(teacher, tokens))
+
+
+def trained(model, params, recipe, rate: float, data: np.ndarray, learned: bool) -> tuple[Any, Any]:
+    """The converted parameters after one step per batch, and the losses."""
+    fn = jq.fake_quantized(model.apply, recipe)
+    schedule = functools.partial(optax.warmup_cosine_decay_schedule, 0.0, decay_steps=len(data), end_value=0.0)
+    warm_up = max(1, len(data) // 20)
+    optimizer = jq.qat_optimizer(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(rate, warm_up), b2=0.99, weight_decay=0.0)),
+        **({"ranges": schedule(rate / 4, warm_up)} if learned else {}),
+        rules=[("params/embed_tokens/.*", None)],
+    )
+    losses: list[float] = []
+    state = jq.train_state(fn, params, optimizer, data[0])
+    step = jq.train_step(fn, functools.partial(distilled, model), optimizer)
+
+    def watch(_, loss):
+        losses.append(loss)
+        if len(losses) % 20 == 0:
+            print(f"  step {len(losses)}: {np.mean(losses[-20:]):.4f}", flush=True)
+
+    state = jq.train(step, state, map(jnp.asarray, data), params, watch=watch)
+    return jq.convert(state.params, state.qat, recipe), losses
+
+
+def reconstructed(model, params, qparams, samples: np.ndarray) -> Any:
+    """The parameters with rounding learned layer by layer from where it is."""
+
+    def blocks(tree):
+        count = len(model.blocks.windows)
+        layers = [jax.tree.map(lambda a, i=i: a[i : i + 1], tree["layers"]) for i in range(count)]
+        return [{"layers": own, "windows": model.blocks.windows[i : i + 1]} for i, own in enumerate(layers)]
+
+    tokens = jnp.asarray(samples).reshape(-1, ROWS_PER_BATCH, samples.shape[-1])
+    inputs = model.blocks.embed(params["embed_tokens"]["embedding"], tokens)
+    learned, errors = jq.reconstruct(
+        model.blocks.apply, blocks(params), blocks(qparams), inputs, steps=ROUNDING_STEPS, rate=ROUNDING_RATE
+    )
+    print("  errors of layers:", *(f"{e.before:.3g} -> {e.after:.3g}" for e in errors), flush=True)
+    return {**qparams, "layers": jax.tree.map(lambda *a: jnp.concatenate(a), *(b["layers"] for b in learned))}
+
+
+def step_times(model, params, data: np.ndarray) -> dict[str, float]:
+    """Median seconds of a gradient, in turns."""
+    functions = {"float": model.apply}
+    functions |= {name: jq.fake_quantized(model.apply, model.recipe(jq.RTN(spec))) for name, spec in SPECS.items()}
+
+    def loss(fn, params, tokens):
+        logits = jax.nn.log_softmax(fn(params, tokens[:, :-1]))
+        right = jnp.arange(logits.shape[-1]) == tokens[:, 1:, None]
+        return -jnp.mean(jnp.sum(jnp.where(right, logits, 0.0), -1))
+
+    steps = {name: jax.jit(jax.grad(functools.partial(loss, fn))) for name, fn in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(TIMED + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(params, jnp.asarray(data[0])))
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(taken[1:])) for name, taken in times.items()}
+
+
+def measure(steps: int, settings: list[str]) -> dict:
+    model, params = jq.load_pretrained("tinylm", dtype="float32")
+    params = jax.tree.map(lambda a: a.astype("float32"), params)  # they are stored in half of that
+    text = workflows.TextSource("tinylm")
+    data = batches(text, steps)
+    samples = workflows.calibration_samples(model, text, None, *CALIBRATION)
+    held_out = text.corpus("held_out", WINDOWS * CONTEXT)
+    stats = jq.calibrate(model.apply, params, workflows.batches(samples))
+    results: dict[str, dict] = {}
+    for name in settings:
+        spec, row = SPECS[name], {}
+        after = {
+            "RTN": jq.RTN(spec),
+            "GPTQ refined": jq.GPTQ(spec, clip="diagonal", refine=6),
+        }
+        for method, config in after.items():
+            qparams, _ = jq.quantize_params(params, stats, model.recipe(config))
+            row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
+        if spec.activations is None:
+            method = "GPTQ refined, learned rounding"
+            qparams = reconstructed(model, params, qparams, samples)
+            row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
+        for method, config in {"QAT": jq.RTN(spec), "QAT, learned ranges": jq.LSQ(spec)}.items():
+            recipe, learned = model.recipe(config), isinstance(config, jq.LSQ)
+            qparams, losses = trained(model, params, recipe, RATES[name], data, learned)
+            row[method] = compared(model, qparams, params, held_out, f"{name} {method}") | {"losses": losses}
+        results[name] = row
+    return {"steps": steps, "tokens": int(data.size), "results": results, "seconds": step_times(model, params, data)}
+
+
+def compared(model, qparams, params, tokens, what: str) -> dict[str, Any]:
+    found = jq.compare(model.apply, qparams, params, tokens, context=CONTEXT)
+    print(f"{what}: KL {found.kl.mean:.4f}, loss +{found.loss_increase.mean:.4f}", flush=True)
+    return found._asdict()
+
+
+def tables(measured: dict) -> str:
+    lines = ["| | | loss increase | KL | recovered | of GPTQ |", "|---" * 6 + "|"]
+    for name, row in measured["results"].items():
+        worst, other = (row[method]["kl"].mean for method in ("RTN", "GPTQ refined"))
+        for method, found in row.items():
+            loss, kl = found["loss_increase"], found["kl"]
+            gone = f"{1 - kl.mean / worst:.0%} | {1 - kl.mean / other:.0%}"
+            lines.append(f"| {name} | {method} | {loss.mean:.4f} ± {loss.stderr:.4f} | {kl.mean:.4f} | {gone} |")
+    base = measured["seconds"]["float"]
+    shown = ", ".join(f"{name} {taken:.3f} s ({taken / base:.2f}x)" for name, taken in measured["seconds"].items())
+    return "\n".join([*lines, "", f"One step of {BATCH} x {LENGTH} tokens: {shown}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--settings", nargs="+", choices=list(SPECS), default=list(SPECS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "qat.json")
+    args = parser.parse_args()
+    measured = measure(args.steps, args.settings)
+    print(environment.line(), tables(measured), sep="\n\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**environment.describe(), **measured}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

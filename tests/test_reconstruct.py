@@ -1,0 +1,75 @@
+"""Learned rounding: it lowers what a block's output is off by, or changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from functions import normal
+
+from jaxquant.methods.gptq import GPTQ
+from jaxquant.methods.rtn import RTN
+from jaxquant.numerics.affine import dequantize
+from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.spec import ActivationSpec, QuantSpec, int4, int8
+from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.quantize import quantize_params
+from jaxquant.transforms.training.reconstruct import reconstruct
+
+
+def block(params, x):
+    return x + jnp.tanh(x @ params["up"]) @ params["down"] * params["gain"]
+
+
+BLOCKS = [{"up": normal(32, 64, seed=i), "down": normal(64, 32, seed=i + 9), "gain": jnp.ones(32)} for i in range(2)]
+INPUTS = normal(5, 64, 32, seed=1) * 3
+
+
+def quantized_blocks(config):
+    stats = calibrate(block, BLOCKS[0], list(INPUTS))
+    return [quantize_params(b, stats if config.needs_statistics else None, config)[0] for b in BLOCKS]
+
+
+def output(blocks, x):
+    for b in blocks:
+        x = block(jax.tree.map(lambda a: dequantize(a) if is_qtensor(a) else a, b, is_leaf=is_qtensor), x)
+    return x
+
+
+def off_by(blocks):
+    held_out = INPUTS[-1]
+    return float(jnp.mean((output(blocks, held_out) - output(BLOCKS, held_out)) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [(RTN(QuantSpec(bits=2, group_size=16, symmetric=False)), 0.5), (GPTQ(QuantSpec(bits=3)), 0.9)],
+)
+def test_the_error_falls_whatever_it_starts_from(config, share):
+    given = quantized_blocks(config)
+    learned, errors = reconstruct(block, BLOCKS, given, INPUTS, steps=120, rate=1e-2)
+    assert off_by(learned) < share * off_by(given)
+    np.testing.assert_allclose(errors[-1].after, off_by(learned), rtol=1e-3)
+    for old, new in zip(given, learned, strict=True):
+        new["up"].validate()
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, old)
+        assert not np.array_equal(new["up"].codes, old["up"].codes)
+        assert int(jnp.max(jnp.abs(new["up"].codes - old["up"].codes))) == 1
+
+
+def test_no_step_and_a_wild_one_change_nothing():
+    given = quantized_blocks(RTN(int4()))
+    for options in ({"steps": 1, "rate": 0.0}, {"steps": 3, "rate": 9.0}):
+        learned, errors = reconstruct(block, BLOCKS, given, INPUTS, **options)
+        jax.tree.map(np.testing.assert_array_equal, learned, given)
+        assert all(e.after >= e.before for e in errors)
+
+
+def test_what_it_cannot_learn_is_refused():
+    given = quantized_blocks(RTN(int4()))
+    with pytest.raises(ValueError, match="2 blocks and 1 quantized ones"):
+        reconstruct(block, BLOCKS, given[:1], INPUTS)
+    with pytest.raises(ValueError, match=r"inputs\[1, 64, 32\] are one batch"):
+        reconstruct(block, BLOCKS, given, INPUTS[:1])
+    rounded = [quantize_params(b, None, RTN(int8(activations=ActivationSpec())))[0] for b in BLOCKS]
+    with pytest.raises(ValueError, match="'down' has rounded inputs"):
+        reconstruct(block, BLOCKS, rounded, INPUTS)
