@@ -119,10 +119,8 @@ class Model:
         """The readers of all fold pairs, but experts that read one norm and would each want another scale of it."""
         found = set()
         for pair in self.fold_pairs:
-            lead = {
-                len(shapes[path]) - (2 if path.endswith("kernel") else 1) for path in pair.sources if path in shapes
-            }
-            found |= {path for path in pair.readers if path in shapes and len(shapes[path]) - 2 in lead}
+            lead = {len(shapes[path]) - (2 if path.endswith("kernel") else 1) for path in pair.sources}
+            found |= {path for path in pair.readers if len(shapes[path]) - 2 in lead}
         return found
 
     @property
