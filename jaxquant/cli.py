@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import jax
+from jax.sharding import AxisType, Mesh
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -81,6 +83,19 @@ def _add_demo(commands) -> None:
     )
 
 
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mesh", type=_mesh, metavar="DxM",
+                        help='devices that work together: "2x4" has samples on 2, output channels on 4')  # fmt: skip
+
+
+def _mesh(text: str) -> Mesh:
+    """The mesh of a shape "2x4", on the first devices there are."""
+    shape, devices = tuple(int(n) for n in text.split("x") if n.isdecimal()), jax.devices()
+    if len(shape) != 2 or math.prod(shape) not in range(1, len(devices) + 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh of 1 to {len(devices)} devices; write for example 1x1")
+    return jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=devices[: math.prod(shape)])
+
+
 def _add_quantize(commands) -> None:
     parser = _add(commands, "quantize", _quantize, "quantize the linear layers of a checkpoint")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -121,6 +136,7 @@ def _add_quantize(commands) -> None:
     parser.add_argument("--predecessors", choices=get_args(Predecessors), default="quantized",
                         help="calibrate each layer behind the quantized layers before it, or behind the float ones "
                         "(default: %(default)s)")  # fmt: skip
+    _add_mesh(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in DIR")
     parser.add_argument("--no-resume", action="store_true",
                         help="begin anew where a run that writes DIR was not finished")  # fmt: skip
@@ -133,6 +149,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--data", metavar="FILE", help=DATA_HELP + "held-out files of Python's standard library")
     parser.add_argument("--context", type=int, default=512, metavar="T",
                         help="tokens that the model sees at once (default: %(default)s)")  # fmt: skip
+    _add_mesh(parser)
 
 
 def _add_inspect(commands) -> None:
@@ -183,6 +200,7 @@ def _quantize(args) -> None:
             predecessors=args.predecessors,
             overwrite=args.overwrite,
             resume=not args.no_resume,
+            mesh=args.mesh,
             progress=progress,
         )
     if args.json:
@@ -220,7 +238,12 @@ def _method_config(args) -> Any:
 def _evaluate(args) -> None:
     with _progress() as progress:
         result = workflows.evaluate_checkpoint(
-            args.model, baseline=args.baseline, data=args.data, context=args.context, progress=progress
+            args.model,
+            baseline=args.baseline,
+            data=args.data,
+            context=args.context,
+            mesh=args.mesh,
+            progress=progress,
         )
     comparison = result.comparison
     if args.json:
