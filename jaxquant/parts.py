@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxquant.checkpoints.compressed_tensors import configuration, write_compressed_tensors
+from jaxquant.checkpoints import compressed_tensors
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions
 from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.native import header_of, spec_of, write_header, write_tree
@@ -21,6 +21,9 @@ from jaxquant.models.stacking import unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.pretrained import SOURCE, Format, classes_of
 from jaxquant.transforms.fold import fold
+
+# Of formats with Hugging Face's names: what writes tensors, and what makes the configuration of the specs of all.
+_FOREIGN = {"compressed-tensors": (compressed_tensors.write_compressed_tensors, compressed_tensors.configuration)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,8 @@ class ModelParts:
             return self._write_tree(directory, {"layers": {str(layer): unstack_layers(params)["layers"]["0"]}})
         config = self.model.config
         tensors = some_tensors(config, fold(params, self.model.fold_pairs), range(layer, layer + 1))
-        write_compressed_tensors(directory, {}, tensors, classes_of(config))
+        write, _ = _FOREIGN[self.format]
+        write(directory, {}, tensors, classes_of(config))
         quantized = {name.removesuffix(".weight"): leaf for name, leaf in tensors.items() if is_qtensor(leaf)}
         dtype = next(iter(quantized.values())).dtype
         return {"specs": {name: dataclasses.asdict(q.spec) for name, q in quantized.items()}, "dtype": dtype}
@@ -79,6 +83,7 @@ class ModelParts:
             write_json(directory / CONFIG, hf_config)
         else:
             specs = {name: spec_of(spec) for note in notes for name, spec in note.get("specs", {}).items()}
+            _, configuration = _FOREIGN[self.format]
             config = configuration(hf_config, specs, notes[0]["dtype"], classes_of(self.model.config))
             write_json(directory / CONFIG, config)
         if source is not None:
