@@ -2,8 +2,12 @@
 
 import argparse
 import io
+import math
 import sys
 from typing import get_args
+
+import jax
+from jax.sharding import AxisType, Mesh
 
 from jaxquant import commands
 from jaxquant.evaluation.task_metrics import METRICS
@@ -60,6 +64,19 @@ def _add_demo(subparsers) -> None:
     )
 
 
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mesh", type=_mesh, metavar="DxM",
+                        help='devices that work together: "2x4" has samples on 2, output channels on 4')  # fmt: skip
+
+
+def _mesh(text: str) -> Mesh:
+    """The mesh of a shape "2x4", on the first devices there are."""
+    shape, devices = tuple(int(n) for n in text.split("x") if n.isdecimal()), jax.devices()
+    if len(shape) != 2 or math.prod(shape) not in range(1, len(devices) + 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh of 1 to {len(devices)} devices; write for example 1x1")
+    return jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2, devices=devices[: math.prod(shape)])
+
+
 def _add_quantize(subparsers) -> None:
     parser = _add(subparsers, "quantize", commands.quantize, "quantize the linear layers of a checkpoint")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -100,6 +117,7 @@ def _add_quantize(subparsers) -> None:
     parser.add_argument("--predecessors", choices=get_args(Predecessors), default="quantized",
                         help="calibrate each layer behind the quantized layers before it, or behind the float ones "
                         "(default: %(default)s)")  # fmt: skip
+    _add_mesh(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in DIR")
     parser.add_argument("--no-resume", action="store_true",
                         help="begin anew where a run that writes DIR was not finished")  # fmt: skip
@@ -120,6 +138,7 @@ def _add_evaluate(subparsers) -> None:
     parser.add_argument("--keep", default="jaxquant-predictions", metavar="DIR",
                         help="with --metric: where texts are kept as they come, for a run that is interrupted to go on "
                         "(default: %(default)s)")  # fmt: skip
+    _add_mesh(parser)
 
 
 def _add_generate(subparsers) -> None:

@@ -81,6 +81,7 @@ def quantize(args: Namespace) -> None:
             predecessors=args.predecessors,
             overwrite=args.overwrite,
             resume=not args.no_resume,
+            mesh=args.mesh,
             progress=progress,
         )
     if args.json:
@@ -123,7 +124,12 @@ def evaluate(args: Namespace) -> None:
         return _evaluate_task(args)
     with _progress() as progress:
         result = workflows.evaluate_checkpoint(
-            args.model, baseline=args.baseline, data=args.data, context=args.context, progress=progress
+            args.model,
+            baseline=args.baseline,
+            data=args.data,
+            context=args.context,
+            mesh=args.mesh,
+            progress=progress,
         )
     comparison = result.comparison
     if args.json:

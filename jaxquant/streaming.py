@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxquant.checkpoints.resumable import Run, resumable_directory
 from jaxquant.evaluation.data import Samples
@@ -21,6 +22,7 @@ from jaxquant.opening import SOURCE, Checkpoint
 from jaxquant.parts import ModelParts
 from jaxquant.preflight import Preflight
 from jaxquant.pretrained import Format
+from jaxquant.transforms.meshes import placed, put_batch
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.report import Report, stacked_reports
 from jaxquant.transforms.stream import Predecessors, Stream
@@ -42,6 +44,7 @@ class LayerByLayer:
       batch_tokens: how many of their tokens run together.
       format: of the files.
       predecessors: as for `Stream`.
+      mesh: devices that work together, with axes "data" and "model"; None for one.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +53,7 @@ class LayerByLayer:
     batch_tokens: int
     format: Format
     predecessors: Predecessors
+    mesh: Mesh | None = None
 
     def run(self, path: str | os.PathLike, *, overwrite: bool, resume: bool, progress: Progress) -> Report:
         """Quantizes the model into a directory. Arguments and errors as `quantize_checkpoint`."""
@@ -71,7 +75,7 @@ class LayerByLayer:
             "data": "none" if self.samples is None else f"{self.samples.sha256}, {self.batch_tokens} tokens together",
             "format": self.format,
             "version": f"jaxquant {metadata.version('jaxquant')}, JAX {jax.__version__}",
-            "devices": jax.devices()[0].device_kind,
+            "devices": f"{jax.devices()[0].device_kind} {dict(self.mesh.shape) if self.mesh else 1}",
         }
 
     @property
@@ -127,7 +131,7 @@ class LayerByLayer:
 
     def _layer(self, layer: int) -> dict[str, Any]:
         windows = {"windows": self.checkpoint.model.blocks.windows[layer : layer + 1]}
-        return self.checkpoint.layers(range(layer, layer + 1)) | windows
+        return placed(self.checkpoint.layers(range(layer, layer + 1)) | windows, self.mesh)
 
     def _quantize_layer(self, run: Run, stream: Stream, layer: int, progress: Callable[[int, int], None]) -> None:
         last = layer + 1 == self._count
@@ -141,7 +145,7 @@ class LayerByLayer:
             return None
         if run.notes:
             state = run.state()
-            return [jnp.asarray(state.pop(name)) for name in sorted(state)]
+            return [put_batch(state.pop(name), self.mesh) for name in sorted(state)]
         return [self._embedded(batch) for batch in self._batches]
 
     def _embedded(self, batch: Samples) -> jax.Array:
@@ -152,7 +156,8 @@ class LayerByLayer:
         for name in self.checkpoint.outer_names:
             if name.startswith("embed_") and name not in tables:
                 tables |= self.checkpoint.outer(name)
-        return self.checkpoint.model.blocks.embed(tables, jnp.asarray(places))
+        x = self.checkpoint.model.blocks.embed(tables, jnp.asarray(places))
+        return x if self.mesh is None else put_batch(x, self.mesh)
 
     def _write_layer(self, layer: int, params: Mapping[str, Any], report: Report, directory: Path) -> dict[str, Any]:
         note = self._parts.write_layer(directory, layer, params)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxquant import pretrained
 from jaxquant.checkpoints.formats import FOREIGN
@@ -28,6 +29,7 @@ from jaxquant.models.model import Model
 from jaxquant.opening import find_model, open_pretrained
 from jaxquant.parts import FORMATS
 from jaxquant.streaming import LayerByLayer, Progress
+from jaxquant.transforms.meshes import placed
 from jaxquant.transforms.recipe import needs_statistics
 from jaxquant.transforms.report import Report
 from jaxquant.transforms.stream import Predecessors
@@ -157,6 +159,7 @@ def quantize_checkpoint(
     predecessors: Predecessors = "quantized",
     overwrite: bool = False,
     resume: bool = True,
+    mesh: Mesh | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Quantizes every linear layer of a checkpoint and writes the result to a directory.
@@ -173,6 +176,7 @@ def quantize_checkpoint(
       overwrite: replaces an existing checkpoint.
       resume: continues a run with the same arguments that was not finished, and gives what it would have given. Without
         it, what such a run has done is removed.
+      mesh: devices of this process that work together, with axes "data" (samples) and "model" (output channels).
       progress: called as the work goes on.
 
     Raises:
@@ -183,6 +187,8 @@ def quantize_checkpoint(
             f"{type(config).__name__} looks at all layers at once, and here they are quantized one after the other; "
             "use quantize_params with what load_pretrained returns"
         )
+    if jax.process_count() > 1:
+        raise ValueError("checkpoints are quantized by one process; in several, use calibrate and quantize_params")
     directory = find_model(name)
     if os.path.realpath(out) == os.path.realpath(directory):
         raise ValueError(f"{out} is the checkpoint that is read; write to another directory")
@@ -200,7 +206,7 @@ def quantize_checkpoint(
     if needs_statistics(config) or calibration is not None:
         how = {"field": field, "pad": pad, "seed": seed}
         samples = calibration_samples(model, TextSource(directory), calibration, num_samples, seq_len, **how)
-    work = LayerByLayer(checkpoint, rules, samples, BATCH_TOKENS, format, predecessors)
+    work = LayerByLayer(checkpoint, rules, samples, BATCH_TOKENS, format, predecessors, mesh)
     report = work.run(out, overwrite=overwrite, resume=resume, progress=progress)
     if samples is None:
         return report
@@ -219,7 +225,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_checkpoint(
-    name: str, *, baseline: str | None = None, data: str | None = None, context: int = 512, progress: Progress = silent
+    name: str,
+    *,
+    baseline: str | None = None,
+    data: str | None = None,
+    context: int = 512,
+    mesh: Mesh | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Perplexity of a checkpoint, alone or against a baseline.
 
@@ -228,6 +240,7 @@ def evaluate_checkpoint(
       baseline: another, with the same vocabulary.
       data: file of text or token ids; None is the built-in held-out text.
       context: tokens that the model sees at once, cut to its context length.
+      mesh: as for `quantize_checkpoint`.
       progress: called as the work goes on.
 
     Raises:
@@ -244,10 +257,11 @@ def evaluate_checkpoint(
     def done(n: int, total: int) -> None:
         progress("evaluating", n, total)
 
+    params = placed(params, mesh)
     if against is None:
         alone = perplexity(model.apply, params, tokens, context=context, progress=done)
         return Evaluation(tokens.size, context, alone, None)
-    other, other_params = against
+    other, other_params = against[0], placed(against[1], mesh)
     if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the baseline has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}; "

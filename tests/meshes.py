@@ -18,7 +18,8 @@ SPECS = [int8(), int4(group_size=8), int3(group_size=8, symmetric=False)]
 
 
 def mesh_of(kind=AxisType.Auto, data=2, model=4):
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(kind, kind))
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(kind, kind), devices=devices)
 
 
 def params_of():

@@ -312,7 +312,9 @@ def test_nan_weights_are_named(checkpoint, tmp_path, capsys):
 
 
 def test_usage_errors(capsys):
-    for argv in ([], ["quantize"], ["quantize", "m"], ["quantize", "m", "--out", "o", "--method", "x"], ["nothing"]):
+    quantize = ["quantize", "m", "--out", "o"]
+    meshes = [[*quantize, "--mesh", shape] for shape in ("2", "0x1", "ax1", "1x9")]  # there are eight devices
+    for argv in ([], ["quantize"], ["quantize", "m"], [*quantize, "--method", "x"], ["nothing"], *meshes):
         with pytest.raises(SystemExit) as stopped:
             cli.main(argv)
         assert stopped.value.code == 2

@@ -182,7 +182,7 @@ def test_a_containers_limit_counts_without_the_pages_of_files(tmp_path, monkeypa
 
 
 class Accelerator:
-    platform = "gpu"
+    platform, process_index = "gpu", 0
 
     def __init__(self, stats):
         self.memory_stats = lambda: stats

@@ -21,6 +21,17 @@ from jaxquant.transforms.stream import Stream
 
 K, BLOCKS = 32, 3
 CONFIG, NEAREST = jq.GPTQ(jq.int4(group_size=16)), jq.RTN(jq.int4(group_size=16))
+NEAREST_INPUTS = jq.RTN(jq.int8(activations=jq.ActivationSpec(bits=4, static=True)))  # of calibrated ranges
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def block(params, x):
@@ -154,16 +165,7 @@ def test_reports_on_layers_are_put_together():
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 def test_checkpoints_get_the_codes_of_the_whole_model(family, tmp_path, monkeypatch):
     monkeypatch.setattr(workflows, "BATCH_TOKENS", 64)  # two batches
-    config = {
-        "architectures": [f"{family}ForCausalLM"],
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
+    config = SMALL | {"architectures": [f"{family}ForCausalLM"]}
     if family == "Qwen2":
         config |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     model = jq.Model.from_hf(config)
@@ -181,3 +183,22 @@ def test_checkpoints_get_the_codes_of_the_whole_model(family, tmp_path, monkeypa
     assert [row.name for row in report.layers] == [row.name for row in expected.layers]
     assert (report.unchanged, report.bytes_before) == (expected.unchanged, expected.bytes_before)
     assert report.bytes_after == expected.bytes_after
+
+
+def test_a_mesh_of_devices_gives_the_loss_of_one(tmp_path):
+    """And nearly the same codes: sums over tokens come in another order, and float32 rounds them."""
+    model = jq.Model.from_hf(SMALL)
+    params = jax.tree.map(lambda a: 4 * a if a.ndim > 1 else a, model.init(jax.random.key(0)))
+    jq.save(tmp_path / "model", model, params)
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 16))
+    np.save(tmp_path / "tokens.npy", tokens)
+    options = {"calibration": str(tmp_path / "tokens.npy"), "num_samples": 8, "seq_len": 16}
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    found = {}
+    for name, devices in (("one", None), ("eight", mesh)):
+        workflows.quantize_checkpoint(tmp_path / "model", tmp_path / name, NEAREST_INPUTS, mesh=devices, **options)
+        data = {"data": options["calibration"], "context": 16, "mesh": devices}
+        found[name] = workflows.evaluate_checkpoint(tmp_path / name, baseline=tmp_path / "model", **data).comparison
+    assert abs(np.log(found["one"].perplexity) - np.log(found["eight"].perplexity)) < 1e-4
+    assert found["one"].loss_increase.mean == pytest.approx(found["eight"].loss_increase.mean, abs=1e-4)
+    assert abs(found["one"].loss_increase.mean) > 1e-4

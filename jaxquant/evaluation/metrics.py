@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxquant.evaluation.windows import batches, cut_windows
 from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms import meshes
 from jaxquant.transforms.jobs import count_not_finite
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
@@ -130,8 +131,10 @@ def _over_windows(sums, tokens, context, stride, batch_size, progress, trees):
     """Scored tokens per window, and each measure's sum per window. `trees` are those that `sums` uses, by argument."""
     windows = cut_windows(tokens, context, stride)
     total, results = len(windows.tokens), []
+    mesh = meshes.mesh_of(trees)
     for i, batch in enumerate(batches(windows, batch_size)):
-        results.append([np.asarray(a, np.float64) for a in sums(batch.tokens, batch.scored)])
+        batch = batch if mesh is None else jax.tree.map(lambda a: meshes.put_batch(a, mesh), batch)
+        results.append([a.astype(np.float64) for a in meshes.fetched(sums(batch.tokens, batch.scored))])
         if progress is not None:
             progress(min((i + 1) * batch_size, total), total)
     measures = [np.concatenate(parts)[:total] for parts in zip(*results, strict=True)]

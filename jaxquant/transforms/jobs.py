@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxquant.numerics.layout import to_canonical
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.statistics import InputStatistics
+from jaxquant.transforms import meshes
 
 CHUNK_BYTES = 2**25  # matrices and statistics that one compiled call works on, at most
 
@@ -48,6 +50,11 @@ class Job:
         """Sizes of the axes that stack matrices."""
         named = self.contract + self.out
         return tuple(n for i, n in enumerate(self.leaf.shape) if i - self.leaf.ndim not in named)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of devices that it lies on, if it is on several."""
+        return meshes.mesh_of(self.leaf)
 
     @property
     def count(self) -> int:
@@ -104,7 +111,7 @@ class Span(NamedTuple):
         """The matrices `[size, in, out]`, their statistics and their channel scales `[size, ...]`."""
         job = self.job
         w, (inputs, scale) = _part(
-            job.leaf, (job.inputs, job.channel_scale), self.start, self.size, job.contract, job.out
+            job.leaf, (job.inputs, job.channel_scale), self.start, self.size, job.contract, job.out, job.mesh
         )
         return w, inputs, scale
 
@@ -135,13 +142,17 @@ def chunks(jobs: list[Job]) -> Iterator[tuple[list[Span], int]]:
             yield spans, size
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _part(leaf, others, start, size: int, contract: tuple[int, ...], out: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _part(leaf, others, start, size: int, contract: tuple[int, ...], out: tuple[int, ...], mesh: Mesh | None):
     lead = leaf.ndim - len(contract) - len(out)
     w = to_canonical(leaf, contract, out)
     w = w.reshape(math.prod(w.shape[:lead]), w.shape[lead], math.prod(w.shape[lead + 1 :]))
     others = jax.tree.map(lambda a: a.reshape(len(w), *a.shape[lead:]), others)
-    return take((w, others), start, size)
+    w, others = take((w, others), start, size)
+    if mesh is None:
+        return w, others
+    w = lax.with_sharding_constraint(w, meshes.split(mesh, mesh.axis_names, w.shape, -1))
+    return w, lax.with_sharding_constraint(others, NamedSharding(mesh, PartitionSpec()))
 
 
 @jax.jit

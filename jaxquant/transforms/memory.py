@@ -67,7 +67,11 @@ def ensure_fits(estimate: MemoryEstimate, arrays: Any) -> None:
 
 
 def available(devices: Iterable[jax.Device]) -> int | None:
-    """Bytes that can still be allocated on each of some devices; None if that is not known."""
+    """Bytes that can still be allocated on each of some devices; None if that is not known.
+
+    Those of other processes tell nothing, and are taken to have as much as the ones of this process.
+    """
+    devices = [device for device in devices if device.process_index == jax.process_index()]
     stats = [device.memory_stats() for device in devices]
     if all(s is not None and "bytes_limit" in s for s in stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)

@@ -242,7 +242,7 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
     config = spans[0].job.config
     q, facts = _run(*split_bits(config), w, inputs, scale)
     q = jax.block_until_ready(packed(q, config))
-    facts = jax.tree.map(np.asarray, facts)
+    facts = meshes.fetched(facts)
     seconds = (time.perf_counter() - start) / count
     pieces, reports, first = [], [], 0
     for span in spans:
