@@ -64,17 +64,17 @@ def test_codes_are_the_same_on_any_number_of_devices(alone, count):
     )  # evaluation sums in float32
 
 
-@pytest.mark.parametrize("config", [jq.Chain(jq.AWQ(W4), jq.GPTQ(W4)), jq.SmoothQuant(0.5, jq.int8())])
-def test_the_loss_in_float32_is_the_same_on_eight_devices(config):
-    tokens = np.random.default_rng(0).integers(0, 16, 1000)
-    want, _ = jq.quantize_params(params_of(), jq.calibrate(model, params_of(), batches()), config)
+def test_scaled_channels_give_the_same_codes_on_eight_devices(float64):
+    """Not so AWQ's: its scales come from sums over devices, and the extremes of groups lie half way between two codes."""
+    config = jq.SmoothQuant(0.5, jq.int8())
+    params, data = wide(params_of()), wide(batches())
+    want, _ = jq.quantize_params(params, jq.calibrate(model, params, data), config)
     mesh = mesh_of()
-    params = put(params_of(), mesh, SPLIT)
-    stats = jq.calibrate(model, params, [put(x, mesh, P("data")) for x in batches()])
-    got, _ = jq.quantize_params(params, stats, config)
-    losses = [np.log(jq.perplexity(logits, q, tokens, context=8)) for q in (want, got)]
-    assert abs(losses[0] - losses[1]) < 1e-4
-    assert abs(losses[0] - np.log(jq.perplexity(logits, params_of(), tokens, context=8))) > 1e-4  # it is not nothing
+    split = put(params, mesh, SPLIT)
+    stats = jq.calibrate(model, split, [put(x, mesh, P("data")) for x in data])
+    got, _ = jq.quantize_params(split, stats, config)
+    for name in want:
+        np.testing.assert_array_equal(np.asarray(got[name].codes), np.asarray(want[name].codes))
 
 
 def test_two_processes_of_four_devices_give_the_codes_of_one_device(alone, tmp_path):
