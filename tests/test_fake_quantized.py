@@ -60,7 +60,8 @@ def test_it_is_the_quantized_function_and_has_its_gradient(name):
     def both(fn, params):
         return jax.jit(jax.value_and_grad(lambda x: total(fn(params, x))))(x)
 
-    assert_same(both(run, params), both(quantized(case.apply), qparams), 1e-4)
+    # in another program, an input close to half way between two codes may be rounded to the other one
+    assert_same(both(run, params), both(quantized(case.apply), qparams), 5e-3)
 
 
 def fake_case(case, used, params, spec):
