@@ -18,11 +18,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from jaxquant.models.generation import Sampling, generate
+from jaxquant.models.generation import Sampling, generate, rounded
 from jaxquant.pretrained import load_pretrained
 from jaxquant.workflows import TextSource
 
-ROUNDING = 64  # lengths of batches are multiples of it, so that few programs are compiled
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval
 
 
@@ -96,7 +95,7 @@ class HarnessLM(TemplateLM):
 
     def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
         rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
-        time = min(-(-(max(map(len, rows)) - 1) // ROUNDING) * ROUNDING, self.max_length)
+        time = min(rounded(max(map(len, rows)) - 1), self.max_length)
         tokens, targets = (np.zeros((self._batch_size, time), np.int32) for _ in range(2))
         scored = np.zeros((self._batch_size, time), bool)
         for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):

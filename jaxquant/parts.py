@@ -13,6 +13,7 @@ from typing import Any
 from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.checkpoints.huggingface import CONFIG, copy_companions
 from jaxquant.checkpoints.json_file import write_json
+from jaxquant.checkpoints.modules import write_config
 from jaxquant.checkpoints.native import header_of, spec_of, write_header, write_tree
 from jaxquant.checkpoints.tensors import write_tensors
 from jaxquant.models.model import Model
@@ -82,8 +83,9 @@ class ModelParts:
             write_json(directory / CONFIG, hf_config)
         else:
             specs = {name: spec_of(spec) for note in notes for name, spec in note.get("specs", {}).items()}
-            write_config = FOREIGN[self.format].write_config
-            write_config(directory, hf_config, notes[0]["dtype"], specs, modules(self.model.config))
+            foreign = FOREIGN[self.format]
+            described = foreign.describe(specs, modules(self.model.config))
+            write_config(directory, hf_config, notes[0]["dtype"], described, foreign.copy)
         if source is not None:
             copy_companions(Path(source), directory)
 

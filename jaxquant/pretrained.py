@@ -20,10 +20,7 @@ from jaxquant.checkpoints.orbax import Placement, write_orbax
 from jaxquant.kernels.prepare import prepare
 from jaxquant.loading import quantized_params
 from jaxquant.models.model import Model
-from jaxquant.models.names import (
-    modules,
-    tensors_from_params,
-)
+from jaxquant.models.names import modules, tensors_from_params
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.opening import SOURCE, check_parameters, holds_orbax, open_pretrained, read_any_tree

@@ -152,12 +152,14 @@ class LayerByLayer:
         """The input of the first layer."""
         rows = self.checkpoint.rows(batch.tokens.reshape(-1))  # not the whole embedding, which may be large
         places = np.arange(batch.tokens.size, dtype=np.int32).reshape(batch.tokens.shape)
-        tables = {"embed_tokens": {"embedding": jnp.asarray(rows)}}
-        for name in self.checkpoint.outer_names:
-            if name.startswith("embed_") and name not in tables:
-                tables |= self.checkpoint.outer(name)
-        x = self.checkpoint.model.blocks.embed(tables, jnp.asarray(places))
-        return x if self.mesh is None else put_batch(x, self.mesh)
+        tables = {**self._other_tables, "embed_tokens": {"embedding": jnp.asarray(rows)}}
+        return put_batch(self.checkpoint.model.blocks.embed(tables, jnp.asarray(places)), self.mesh)
+
+    @functools.cached_property
+    def _other_tables(self) -> dict[str, Any]:
+        """Tables of embeddings beside that of tokens: learned positions, which are few."""
+        names = (name for name in self.checkpoint.outer_names if name.startswith("embed_") and name != "embed_tokens")
+        return {key: table for name in names for key, table in self.checkpoint.outer(name).items()}
 
     def _write_layer(self, layer: int, params: Mapping[str, Any], report: Report, directory: Path) -> dict[str, Any]:
         note = self._parts.write_layer(directory, layer, params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_models
 from damaged import damage
 from safetensors.numpy import load_file, save_file
 
@@ -26,20 +27,7 @@ quantization = pytest.importorskip("compressed_tensors.quantization")
 
 TOKENS = np.random.default_rng(0).integers(32, 64, (2, 24)).astype(np.int32)
 CALIBRATION = TOKENS - 32  # others: the largest input of a calibration token lies on the edge between two codes
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "dtype": "float32",
-}
+CONFIG = {**small_models.CONFIG, "head_dim": 16}
 ACTIVATIONS = {
     "dynamic": jq.ActivationSpec(),
     "static": jq.ActivationSpec(static=True),

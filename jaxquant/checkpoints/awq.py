@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.checkpoints.huggingface import CONFIG
-from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.modules import (
     MODEL_DTYPES,
     HalfScaledTensors,
@@ -33,13 +31,13 @@ from jaxquant.checkpoints.modules import (
     check_linears,
     check_read_back,
     check_understood,
-    config_with,
     exactly,
     one_dtype,
     quantized_modules,
     read_group_size,
+    write_config,
+    write_quantized,
 )
-from jaxquant.checkpoints.tensors import write_tensors
 from jaxquant.checkpoints.words import pack_unsigned, unpack_signed
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec
@@ -77,12 +75,9 @@ def write_awq(
         raise ValueError(f"{HEAD} is quantized, which readers of {METHOD} do not expect; leave it as it is")
     _group_size(q.spec for q in quantized.values())
     dtype = one_dtype(quantized)
-    stored = {name: tensors[name] for name in tensors if name.removesuffix(".weight") not in quantized}
-    for module, q in quantized.items():
-        stored |= {f"{module}.{part}": array for part, array in pack(q).items()}
-    write_tensors(directory, stored)
-    specs = {module: q.spec for module, q in quantized.items()}
-    quantization_config = write_config(directory, hf_config, dtype, specs, classes)
+    write_quantized(directory, tensors, quantized, pack)
+    quantization_config = describe({module: q.spec for module, q in quantized.items()}, classes)
+    write_config(directory, hf_config, dtype, quantization_config)
     check_read_back(directory, AWQTensors(directory, quantization_config, classes, tensors, dtype), quantized)
 
 
@@ -94,16 +89,10 @@ def _group_size(specs: Iterable[QuantSpec]) -> int:
     return groups[0]
 
 
-def write_config(
-    directory: Path,
-    hf_config: Mapping[str, Any],
-    dtype: str,
-    specs: Mapping[str, QuantSpec],
-    classes: Mapping[str, str],
-) -> dict[str, Any]:
-    """Writes config.json, as `compressed_tensors.write_config`."""
+def describe(specs: Mapping[str, QuantSpec], classes: Mapping[str, str]) -> dict[str, Any]:
+    """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class)."""
     left = [m for m, kind in classes.items() if kind == "Linear" and m not in specs and m != HEAD]
-    quantization_config = {
+    return {
         "quant_method": METHOD,
         "bits": 4,
         "group_size": _group_size(specs.values()),
@@ -112,8 +101,6 @@ def write_config(
         "backend": "autoawq",
         "modules_to_not_convert": left or None,
     }
-    write_json(directory / CONFIG, config_with(hf_config, dtype, quantization_config))
-    return quantization_config
 
 
 class AWQTensors(HalfScaledTensors):

@@ -24,8 +24,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.checkpoints.huggingface import CONFIG
-from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.modules import (
     MODEL_DTYPES,
     QuantizedTensors,
@@ -33,11 +31,12 @@ from jaxquant.checkpoints.modules import (
     check_linears,
     check_read_back,
     check_understood,
-    config_with,
     one_dtype,
     quantized_modules,
+    write_config,
+    write_quantized,
 )
-from jaxquant.checkpoints.tensors import check_scale, write_tensors
+from jaxquant.checkpoints.tensors import check_scale
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 
@@ -71,12 +70,9 @@ def write_bitsandbytes(
     check_linears(tensors, classes, _check_qtensor)
     _one_threshold(q.spec for q in quantized.values())
     dtype = one_dtype(quantized)
-    stored = {name: tensors[name] for name in tensors if name.removesuffix(".weight") not in quantized}
-    for module, q in quantized.items():
-        stored |= {f"{module}.{part}": array for part, array in pack(q).items()}
-    write_tensors(directory, stored)
-    specs = {module: q.spec for module, q in quantized.items()}
-    quantization_config = write_config(directory, hf_config, dtype, specs, classes)
+    write_quantized(directory, tensors, quantized, pack)
+    quantization_config = describe({module: q.spec for module, q in quantized.items()}, classes)
+    write_config(directory, hf_config, dtype, quantization_config)
     check_read_back(directory, BitsAndBytesTensors(directory, quantization_config, classes, tensors, dtype), quantized)
 
 
@@ -88,16 +84,10 @@ def _one_threshold(specs: Iterable[QuantSpec]) -> float:
     return float(thresholds.pop())  # transformers does not take an integer
 
 
-def write_config(
-    directory: Path,
-    hf_config: Mapping[str, Any],
-    dtype: str,
-    specs: Mapping[str, QuantSpec],
-    classes: Mapping[str, str],
-) -> dict[str, Any]:
-    """Writes config.json, as `compressed_tensors.write_config`."""
+def describe(specs: Mapping[str, QuantSpec], classes: Mapping[str, str]) -> dict[str, Any]:
+    """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class)."""
     skipped = [m for m, kind in classes.items() if kind == "Linear" and m not in specs]
-    quantization_config = {
+    return {
         "quant_method": METHOD,
         "load_in_8bit": True,
         "load_in_4bit": False,
@@ -112,8 +102,6 @@ def write_config(
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_storage": "uint8",
     }
-    write_json(directory / CONFIG, config_with(hf_config, dtype, quantization_config))
-    return quantization_config
 
 
 class BitsAndBytesTensors(QuantizedTensors):
@@ -132,9 +120,8 @@ class BitsAndBytesTensors(QuantizedTensors):
         activations = _read_config(quantization_config)
         scale_dtype = None if self._dtype == "float32" else "float32"
         spec = QuantSpec(8, narrow_range=True, scale_dtype=scale_dtype, activations=activations)
+        self._check_linears(classes)
         for module in self._parts:
-            if classes.get(module) != "Linear":
-                raise ValueError(f"{directory}: {module} is quantized, but no Linear of the model")
             self._check(module)
         self.specs = {f"{module}.weight": spec for module in self._parts}
 

@@ -17,9 +17,7 @@ import numpy as np
 
 from jaxquant.checkpoints import int_quantized, pack_quantized
 from jaxquant.checkpoints.compressed_tensors_config import check_spec, describe, find_spec, format_of, read_groups
-from jaxquant.checkpoints.huggingface import CONFIG
 from jaxquant.checkpoints.int_quantized import INPUT_ZERO
-from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.modules import (
     AXES,
     MODEL_DTYPES,
@@ -27,12 +25,13 @@ from jaxquant.checkpoints.modules import (
     check_array,
     check_matrix,
     check_read_back,
-    config_with,
     exactly,
     one_dtype,
     quantized_modules,
+    write_config,
+    write_quantized,
 )
-from jaxquant.checkpoints.tensors import check_scale, write_tensors
+from jaxquant.checkpoints.tensors import check_scale
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 
@@ -61,31 +60,10 @@ def write_compressed_tensors(
     quantized = quantized_modules(tensors, "compressed-tensors")
     _check_expressible(tensors, classes)
     dtype = one_dtype(quantized)
-    stored = {name: leaf for name, leaf in tensors.items() if not is_qtensor(leaf)}
-    for module, q in quantized.items():
-        arrays = LAYOUTS[format_of(q.spec)].pack(_with_scales_of(q, dtype))
-        stored |= {f"{module}.{part}": array for part, array in arrays.items()}
-    write_tensors(directory, stored)
-    specs = {module: q.spec for module, q in quantized.items()}
-    quantization_config = write_config(directory, hf_config, dtype, specs, classes)
+    write_quantized(directory, tensors, quantized, lambda q: LAYOUTS[format_of(q.spec)].pack(_with_scales_of(q, dtype)))
+    quantization_config = describe({module: q.spec for module, q in quantized.items()}, classes)
+    write_config(directory, hf_config, dtype, quantization_config)
     check_read_back(directory, CompressedTensors(directory, quantization_config, classes), quantized)
-
-
-def write_config(
-    directory: Path,
-    hf_config: Mapping[str, Any],
-    dtype: str,
-    specs: Mapping[str, QuantSpec],
-    classes: Mapping[str, str],
-) -> dict[str, Any]:
-    """Writes the config.json of a model whose modules `specs` are quantized and stand for weights of `dtype`.
-
-    Returns the `quantization_config` in it.
-    """
-    specs = {module: dataclasses.replace(spec, scale_dtype=None) for module, spec in specs.items()}
-    quantization_config = describe(specs, classes)
-    write_json(directory / CONFIG, config_with(hf_config, dtype, quantization_config))
-    return quantization_config
 
 
 class CompressedTensors(QuantizedTensors):

@@ -5,6 +5,7 @@ they do not know, so exactly theirs are written. A config group names its module
 regular expression ("re:...") that matches from the start of the name.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ def check_spec(spec: QuantSpec) -> None:
 
 def describe(specs: Mapping[str, QuantSpec], classes: Mapping[str, str]) -> dict[str, Any]:
     """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class)."""
+    specs = {module: dataclasses.replace(spec, scale_dtype=None) for module, spec in specs.items()}
     groups = [_describe_group(spec, _targets(spec, specs, classes)) for spec in dict.fromkeys(specs.values())]
     formats = {group["format"] for group in groups}
     return {

@@ -18,15 +18,17 @@ class Foreign(NamedTuple):
       fields: of a QuantSpec whose scales the format has a place for.
       check_spec: `check_spec(spec)` raises ValueError for codes that the format cannot express.
       write: as `compressed_tensors.write_compressed_tensors`.
-      write_config: as `compressed_tensors.write_config`, for models that are written in parts.
+      describe: `describe(specs, classes)` is the `quantization_config` of quantized modules among those of a model.
+      copy: as for `modules.write_config`.
       read: arguments as `modules.HalfScaledTensors`.
     """
 
     fields: Mapping[str, Any]
     check_spec: Callable[[QuantSpec], None]
     write: Callable[[Path, Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], None]
-    write_config: Callable[[Path, Mapping[str, Any], str, Mapping[str, QuantSpec], Mapping[str, str]], dict[str, Any]]
+    describe: Callable[[Mapping[str, QuantSpec], Mapping[str, str]], dict[str, Any]]
     read: Callable[[Path, Mapping[str, Any], Mapping[str, str], Collection[str], str | None], QuantizedTensors]
+    copy: str | None = None
 
 
 HALF = {"scale_dtype": "float16"}
@@ -35,20 +37,27 @@ FOREIGN = {
         {},
         compressed_tensors_config.check_spec,
         compressed_tensors.write_compressed_tensors,
-        compressed_tensors.write_config,
+        compressed_tensors_config.describe,
         lambda directory, config, classes, names, model_dtype: compressed_tensors.CompressedTensors(
             directory, config, classes
         ),
     ),
-    gptq_config.METHOD: Foreign(HALF, gptq_config.check_spec, gptq.write_gptq, gptq.write_config, gptq.GPTQTensors),
+    gptq_config.METHOD: Foreign(
+        HALF,
+        gptq_config.check_spec,
+        gptq.write_gptq,
+        gptq_config.describe,
+        gptq.GPTQTensors,
+        gptq_config.COPY,
+    ),
     bitsandbytes.METHOD: Foreign(
         {"narrow_range": True, "scale_dtype": "float32"},
         bitsandbytes.check_spec,
         bitsandbytes.write_bitsandbytes,
-        bitsandbytes.write_config,
+        bitsandbytes.describe,
         bitsandbytes.BitsAndBytesTensors,
     ),
-    awq.METHOD: Foreign(HALF, awq.check_spec, awq.write_awq, awq.write_config, awq.AWQTensors),
+    awq.METHOD: Foreign(HALF, awq.check_spec, awq.write_awq, awq.describe, awq.AWQTensors),
 }
 
 

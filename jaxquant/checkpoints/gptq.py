@@ -21,28 +21,26 @@ their groups, and the QTensor has an `input_order`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.checkpoints.gptq_config import V1, V2, check_spec, describe, read_config
-from jaxquant.checkpoints.huggingface import CONFIG, OLD_CONFIGS
-from jaxquant.checkpoints.json_file import write_json
+from jaxquant.checkpoints.gptq_config import COPY, V1, V2, check_spec, describe, read_config, version_of
 from jaxquant.checkpoints.modules import (
     MODEL_DTYPES,
     HalfScaledTensors,
     check_half_scaled,
     check_linears,
     check_read_back,
-    config_with,
     exactly,
     one_dtype,
     quantized_modules,
+    write_config,
+    write_quantized,
 )
-from jaxquant.checkpoints.tensors import write_tensors
 from jaxquant.checkpoints.words import pack_codes, pack_unsigned, unpack_signed, unpack_values, words
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.spec import QuantSpec
@@ -58,39 +56,12 @@ def write_gptq(
     quantized = quantized_modules(tensors, "gptq")
     check_linears(tensors, classes, _check_qtensor)
     dtype = one_dtype(quantized)
-    version = _version(q.spec for q in quantized.values())
-    stored = {name: tensors[name] for name in tensors if name.removesuffix(".weight") not in quantized}
-    for module, q in quantized.items():
-        stored |= {f"{module}.{part}": array for part, array in pack(q, version).items()}
-    write_tensors(directory, stored)
-    act_order = any(q.input_order is not None for q in quantized.values())
     specs = {module: q.spec for module, q in quantized.items()}
-    quantization_config = write_config(directory, hf_config, dtype, specs, classes, act_order=act_order)
+    version, act_order = version_of(specs), any(q.input_order is not None for q in quantized.values())
+    write_quantized(directory, tensors, quantized, lambda q: pack(q, version))
+    quantization_config = describe(specs, classes, act_order=act_order)
+    write_config(directory, hf_config, dtype, quantization_config, COPY)
     check_read_back(directory, GPTQTensors(directory, quantization_config, classes, tensors, dtype), quantized)
-
-
-def _version(specs: Iterable[QuantSpec]) -> str:
-    return V1 if all(spec.symmetric for spec in specs) else V2
-
-
-def write_config(
-    directory: Path,
-    hf_config: Mapping[str, Any],
-    dtype: str,
-    specs: Mapping[str, QuantSpec],
-    classes: Mapping[str, str],
-    *,
-    act_order: bool = False,
-) -> dict[str, Any]:
-    """Writes config.json, and the file that older readers look for, as `compressed_tensors.write_config`.
-
-    `act_order` says whether groups lie in another order than inputs.
-    """
-    codes = {module: QuantSpec(spec.bits, spec.group_size, spec.symmetric) for module, spec in specs.items()}
-    quantization_config = describe(codes, classes, _version(specs.values()), act_order=act_order)
-    write_json(directory / CONFIG, config_with(hf_config, dtype, quantization_config))
-    write_json(directory / next(iter(OLD_CONFIGS)), quantization_config)
-    return quantization_config
 
 
 class GPTQTensors(HalfScaledTensors):

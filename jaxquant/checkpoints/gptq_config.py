@@ -16,6 +16,7 @@ from jaxquant.numerics.spec import QuantSpec
 METHOD = "gptq"
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
+COPY = "quantize_config.json"  # where AutoGPTQ looks for the configuration
 WHERE = "quantization_config"
 
 _CODES: Understood = {"bits": None, "group_size": None, "sym": (True, False), "desc_act": (True, False)}
@@ -76,10 +77,17 @@ def check_spec(spec: QuantSpec) -> None:
     check_codes(METHOD, spec, BITS)
 
 
-def describe(
-    specs: Mapping[str, QuantSpec], classes: Mapping[str, str], version: str, *, act_order: bool
-) -> dict[str, Any]:
-    """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class)."""
+def version_of(specs: Mapping[str, QuantSpec]) -> str:
+    """The version that a model is written as."""
+    return V1 if all(spec.symmetric for spec in specs.values()) else V2
+
+
+def describe(specs: Mapping[str, QuantSpec], classes: Mapping[str, str], *, act_order: bool = False) -> dict[str, Any]:
+    """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class).
+
+    `act_order` says whether groups lie in another order than inputs.
+    """
+    specs = {module: QuantSpec(spec.bits, spec.group_size, spec.symmetric) for module, spec in specs.items()}
     (base, _), *_ = Counter(specs.values()).most_common(1)
     linears: dict[str, QuantSpec | None] = {m: specs.get(m) for m, kind in classes.items() if kind == "Linear"}
     dynamic: dict[str, Any] = {}
@@ -95,7 +103,7 @@ def describe(
         **_codes(base),
         "desc_act": act_order,
         "lm_head": "lm_head" in specs,
-        "checkpoint_format": version,
+        "checkpoint_format": version_of(specs),
         "pack_dtype": "int32",
         **rules,
     }

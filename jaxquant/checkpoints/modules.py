@@ -6,14 +6,16 @@ one QTensor again, under the name of the weight that it stands for. Everything e
 
 import abc
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.checkpoints.tensors import Tensors, check_scale, same_bits
+from jaxquant.checkpoints.huggingface import CONFIG
+from jaxquant.checkpoints.json_file import write_json
+from jaxquant.checkpoints.tensors import Tensors, check_scale, same_bits, write_tensors
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 
@@ -76,6 +78,12 @@ class QuantizedTensors(abc.ABC, Mapping[str, Any]):
             raise KeyError(name)
         return name.removesuffix(".weight")
 
+    def _check_linears(self, classes: Mapping[str, str]) -> None:
+        """Raises ValueError for a quantized module that is no Linear of the model."""
+        for module in self._parts:
+            if classes.get(module) != "Linear":
+                raise ValueError(f"{self._directory}: {module} is quantized, but no Linear of the model")
+
     def _expect(self, module: str, part: str, dtype: str | Iterable[str], shape: tuple[int, ...]) -> None:
         """Raises ValueError for a part that is missing, or not an array of that dtype and shape."""
         if part not in self._parts[module]:
@@ -110,9 +118,7 @@ class HalfScaledTensors(QuantizedTensors):
             if bias in self._plain - {*names} and not self._tensors[bias].any():
                 self._plain.remove(bias)
         self._dtype = model_dtype if model_dtype in MODEL_DTYPES else None
-        for module in self._parts:
-            if classes.get(module) != "Linear":
-                raise ValueError(f"{directory}: {module} is quantized, but no Linear of the model")
+        self._check_linears(classes)
         specs = self._read_specs(quantization_config)
         self.specs = {f"{module}.weight": self._with_scale_dtype(module, spec) for module, spec in specs.items()}
 
@@ -261,10 +267,35 @@ def _comparable(q: QTensor) -> list[np.ndarray]:
     return [np.asarray(a) for a in (q.values, *scales, zero, order, q.input_zero_point)]
 
 
-def config_with(hf_config: Mapping[str, Any], dtype: str, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json for quantized weights that stand for weights of a dtype."""
+def write_quantized(
+    directory: Path,
+    tensors: Mapping[str, Any],
+    quantized: Mapping[str, QTensor],
+    pack: Callable[[QTensor], Mapping[str, np.ndarray]],
+) -> None:
+    """Writes tensors, with the arrays that `pack` makes of a quantized weight, by their parts, in its place."""
+    stored = {name: leaf for name, leaf in tensors.items() if not is_qtensor(leaf)}
+    for module, q in quantized.items():
+        stored |= {f"{module}.{part}": array for part, array in pack(q).items()}
+    write_tensors(directory, stored)
+
+
+def write_config(
+    directory: Path,
+    hf_config: Mapping[str, Any],
+    dtype: str,
+    quantization_config: Mapping[str, Any],
+    copy: str | None = None,
+) -> None:
+    """Writes the config.json of a model whose quantized weights stand for weights of `dtype`.
+
+    `copy` names a file for the `quantization_config` alone, where older readers look for it.
+    """
     keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]  # transformers 5 and 4
-    return {**hf_config, **dict.fromkeys(keys, dtype), "quantization_config": dict(quantization_config)}
+    config = {**hf_config, **dict.fromkeys(keys, dtype), "quantization_config": dict(quantization_config)}
+    write_json(directory / CONFIG, config)
+    if copy is not None:
+        write_json(directory / copy, dict(quantization_config))
 
 
 def one_dtype(quantized: Mapping[str, QTensor]) -> str:

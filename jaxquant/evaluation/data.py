@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -110,17 +110,27 @@ def _read_txt(path: Path) -> list[str]:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from None
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What each line of a file holds, and where that is, for messages. Blank lines are left out.
+
+    Raises:
+      ValueError: a line is no JSON; the message has its number.
+    """
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
+            raise ValueError(f"{where}: no JSON ({error})") from None
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    for where, record in json_lines(path):
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):  # halves of letters
-            raise ValueError(f"{path}, line {number}: expected an object with text under '{field}'")
+            raise ValueError(f"{where}: expected an object with text under '{field}'")
         yield text
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxquant.evaluation.data import json_lines
 from jaxquant.evaluation.task_metrics import METRICS, Metric, check_properties
 
 RESAMPLES = 1000  # of the bootstrap
@@ -85,18 +86,13 @@ def read_examples(path: str | Path, metric: Metric) -> list[Example]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    lines = enumerate(path.read_bytes().split(b"\n"), 1)
-    examples = [_example(f"{path}, line {number}", line, metric) for number, line in lines if line.strip()]
+    examples = [_example(where, record, metric) for where, record in json_lines(path)]
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
 
 
-def _example(where: str, line: bytes, metric: Metric) -> Example:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error})") from None
+def _example(where: str, record: Any, metric: Metric) -> Example:
     if not isinstance(record, dict) or not {"prompt", metric.wants} <= record.keys():
         raise ValueError(f"{where}: expected an object with 'prompt' and '{metric.wants}'")
     prompt, wanted = record["prompt"], record[metric.wants]

@@ -90,10 +90,10 @@ def generate(
     """
     _check_prompts(model, prompts, max_new_tokens)
     longest = max(map(len, prompts))
-    time = min(_rounded(longest), model.config.max_position_embeddings)
+    time = min(rounded(longest), model.config.max_position_embeddings)
     start = np.array([time - len(prompt) for prompt in prompts], np.int32)
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (time - len(p), 0)) for p in prompts])
-    run = _Static(model, sampling, tuple(stop_tokens), cache, _rounded(time + max_new_tokens), _rounded(max_new_tokens))
+    run = _Static(model, sampling, tuple(stop_tokens), cache, rounded(time + max_new_tokens), rounded(max_new_tokens))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     state = _begin(run, params, tokens, start, keys)
     if on_tokens is None:
@@ -123,7 +123,8 @@ def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_token
         model.check_tokens(prompt)
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
+    """The multiple of `ROUNDING` from a length up."""
     return -(-length // ROUNDING) * ROUNDING
 
 
