@@ -11,14 +11,13 @@ below, where it scales sums, it need not.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.kernels import reference
+from jaxquant.kernels import platforms, reference
 from jaxquant.kernels.tuning import GPU_CHIPS, GPU_MOST_TOKENS, GPU_TILES, GpuTiles, gpu_tiles
 from jaxquant.numerics.qtensor import QTensor
 
@@ -62,26 +61,17 @@ def _shape_declines(m: int, n: int, q: QTensor) -> str | None:
 
 
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
-    """As `reference.matmul`, whose derivative it has; `precision` is that of the derivative and of other platforms."""
-    definition = functools.partial(reference.matmul, preferred_element_type=preferred_element_type, precision=precision)
-
-    @jax.custom_batching.custom_vmap
-    def batchable(x, q):
-        kernel = functools.partial(kernel_matmul, dtype=preferred_element_type or x.dtype)
-        return lax.platform_dependent(x, q, cuda=kernel, default=definition)
-
-    @batchable.def_vmap
-    def batched(size, is_batched, x, q):
-        if is_batched[0] and not any(jax.tree.leaves(is_batched[1])):  # more tokens for the same weight
-            rows = x.reshape(-1, x.shape[-1])
-            out = (batchable if declines(rows, q) is None else definition)(rows, q)
-            return out.reshape(*x.shape[:-1], *out.shape[1:]), True
-        whole = jax.tree.map(
-            lambda a, has: a if has else jnp.broadcast_to(a, (size, *a.shape)), (x, q), tuple(is_batched)
-        )
-        return lax.map(lambda both: batchable(*both), whole), True
-
-    return reference.with_derivative(lambda x, q, _: batchable(x, q), x, q, preferred_element_type, precision)
+    """As `reference.matmul`; see `platforms.matmul`."""
+    return platforms.matmul(
+        x,
+        q,
+        preferred_element_type,
+        precision,
+        platform="cuda",
+        kernel=kernel_matmul,
+        declines=declines,
+        stacked=False,
+    )
 
 
 def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=None) -> jax.Array:

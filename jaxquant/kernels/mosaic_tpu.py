@@ -14,14 +14,13 @@ The definition rounds a dequantized weight to the dtype of the input; so does th
 where it scales sums, it need not.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.kernels import int8, reference
+from jaxquant.kernels import int8, platforms, reference
 from jaxquant.kernels.tuning import TPU_CHIPS, TPU_LANES, TpuTiles, tpu_tiles
 from jaxquant.numerics.qtensor import QTensor
 
@@ -73,27 +72,17 @@ def _shape_declines(x: jax.Array, q: QTensor) -> str | None:
 
 
 def matmul(x: jax.Array, q: QTensor, preferred_element_type, precision) -> jax.Array:
-    """As `reference.matmul`, whose derivative it has; `precision` is that of the derivative and of other platforms."""
-    definition = functools.partial(reference.matmul, preferred_element_type=preferred_element_type, precision=precision)
-
-    @jax.custom_batching.custom_vmap
-    def batchable(x, q):
-        kernel = functools.partial(kernel_matmul, dtype=preferred_element_type or x.dtype)
-        return lax.platform_dependent(x, q, tpu=kernel, default=definition)
-
-    @batchable.def_vmap
-    def batched(size, is_batched, x, q):
-        if is_batched[0] and not any(jax.tree.leaves(is_batched[1])):  # more tokens for the same weight
-            lead, tokens = x.ndim - 3, x.shape[-2]
-            rows = jnp.moveaxis(x, 0, lead).reshape(*x.shape[1:-2], size * tokens, x.shape[-1])
-            out = (batchable if declines(rows, q) is None else definition)(rows, q)
-            return jnp.moveaxis(out.reshape(*x.shape[1:-2], size, tokens, *out.shape[lead + 1 :]), lead, 0), True
-        whole = jax.tree.map(
-            lambda a, has: a if has else jnp.broadcast_to(a, (size, *a.shape)), (x, q), tuple(is_batched)
-        )
-        return batchable(*whole), True
-
-    return reference.with_derivative(lambda x, q, _: batchable(x, q), x, q, preferred_element_type, precision)
+    """As `reference.matmul`; see `platforms.matmul`."""
+    return platforms.matmul(
+        x,
+        q,
+        preferred_element_type,
+        precision,
+        platform="tpu",
+        kernel=kernel_matmul,
+        declines=declines,
+        stacked=True,
+    )
 
 
 def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=False) -> jax.Array:
