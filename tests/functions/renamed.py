@@ -40,7 +40,7 @@ def weight_on_the_left(params, x):
 def heads_reference(params, x, see):
     see("q", x)
     q = jnp.einsum("btd,dhk->bthk", x, params["q"])
-    q = act(q) * jnp.arange(1.0, H + 1)[:, None]
+    q = act(q) * jnp.arange(1, H + 1, dtype=x.dtype)[:, None]
     see("o", q.reshape(B, T, H * HEAD))
     return jnp.einsum("bthk,hkd->btd", q, params["o"])
 
@@ -51,21 +51,21 @@ HEADS_AXES = {"q": ((0,), (1, 2)), "o": ((0, 1), (2,))}
 
 @case(HEADS, heads_reference, axes=HEADS_AXES)
 def heads_by_einsum(params, x):
-    q = act(jnp.einsum("btd,dhk->bthk", x, params["q"])) * jnp.arange(1.0, H + 1)[:, None]
+    q = act(jnp.einsum("btd,dhk->bthk", x, params["q"])) * jnp.arange(1, H + 1, dtype=x.dtype)[:, None]
     return jnp.einsum("bthk,hkd->btd", q, params["o"])
 
 
 @case(HEADS, heads_reference, axes=HEADS_AXES)
 def heads_by_reshape(params, x):
     q = (x @ params["q"].reshape(D, -1)).reshape(B, T, H, HEAD)
-    q = act(q) * jnp.arange(1.0, H + 1)[:, None]
+    q = act(q) * jnp.arange(1, H + 1, dtype=x.dtype)[:, None]
     return q.reshape(B, T, -1) @ params["o"].reshape(-1, F)
 
 
 @case(HEADS, heads_reference, axes=HEADS_AXES)
 def heads_in_another_order(params, x):
     """The contracting axes are paired in the reverse of the weight's order."""
-    q = act(jnp.einsum("dhk,btd->btkh", params["q"], x)) * jnp.arange(1.0, H + 1)
+    q = act(jnp.einsum("dhk,btd->btkh", params["q"], x)) * jnp.arange(1, H + 1, dtype=x.dtype)
     return jnp.einsum("btkh,hkd->btd", q, params["o"])
 
 
