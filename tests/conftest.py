@@ -3,6 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads wait in loops: with more of them than cores, a hundred times longer
 
 import jax
 import pytest

@@ -113,8 +113,9 @@ def causal_attention(
     """
     batch, time, heads, head_dim = query.shape
     kv_heads = memory.key.shape[2]
-    grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, memory.key, preferred_element_type=jnp.float32)
+    grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    key, value = (heads.swapaxes(1, 2) for heads in (memory.key, memory.value))  # products in order are fast on CPUs
+    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, key, preferred_element_type=jnp.float32)
     scores = capped(scores / math.sqrt(head_dim if scalar is None else scalar), cap)
     own = memory.length - time + jnp.arange(time, dtype=jnp.int32)
     distance = own[:, None] - memory.positions
@@ -123,5 +124,5 @@ def causal_attention(
         seen &= (memory.positions >= memory.start[:, None, None]) | (distance == 0)
         seen = seen[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(query.dtype), memory.value)
-    return mixed.reshape(query.shape)
+    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(query.dtype), value)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
