@@ -14,6 +14,7 @@ from jaxquant.evaluation.task_metrics import METRICS
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.parts import FORMATS
 from jaxquant.transforms.stream import Predecessors
+from jaxquant.workflows import KEPT
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "llm-int8", "awq+gptq", "smoothquant+gptq")
 MODEL_HELP = 'directory of a checkpoint, hub id, or "tinylm" for the packaged model'
@@ -135,9 +136,9 @@ def _add_evaluate(subparsers) -> None:
                         "of prompt and properties)")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
                         help="with --metric: tokens to write (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--keep", default="jaxquant-predictions", metavar="DIR",
-                        help="with --metric: where texts are kept as they come, for a run that is interrupted to go on "
-                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--keep", default=KEPT, metavar="DIR",
+                        help="where results are kept as they come, for a run that is interrupted to go on; with "
+                        "--metric the texts stay there (default: %(default)s)")  # fmt: skip
     _add_mesh(parser)
 
 

@@ -129,6 +129,7 @@ def evaluate(args: Namespace) -> None:
             data=args.data,
             context=args.context,
             mesh=args.mesh,
+            keep=args.keep,
             progress=progress,
         )
     comparison = result.comparison

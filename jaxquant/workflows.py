@@ -1,6 +1,9 @@
 """Whole jobs on checkpoints: load, calibrate, quantize, save; load and evaluate. The command line calls these."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +39,7 @@ from jaxquant.transforms.stream import Predecessors
 
 BATCH_TOKENS = 1024  # that run together in calibration
 EVALUATION_SAMPLES = 64  # of the built-in text
+KEPT = "jaxquant-kept"  # where evaluations keep what they have
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -52,6 +56,13 @@ class TextSource:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the checkpoint's files as they are now."""
+        files = sorted(path for path in self.directory.iterdir() if path.suffix in (".json", ".safetensors"))
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return json.dumps([os.path.realpath(self.directory), stats])
 
     @property
     def tokenizer(self) -> Any:
@@ -231,6 +242,7 @@ def evaluate_checkpoint(
     data: str | None = None,
     context: int = 512,
     mesh: Mesh | None = None,
+    keep: str | os.PathLike = KEPT,
     progress: Progress = silent,
 ) -> Evaluation:
     """Perplexity of a checkpoint, alone or against a baseline.
@@ -241,31 +253,44 @@ def evaluate_checkpoint(
       data: file of text or token ids; None is the built-in held-out text.
       context: tokens that the model sees at once, cut to its context length.
       mesh: as for `quantize_checkpoint`.
+      keep: directory for what has been found so far, until all of it has: a run that was interrupted goes on there.
       progress: called as the work goes on.
 
     Raises:
       ValueError, OSError: bad input.
     """
-    directory = find_model(name)
-    model, params = pretrained.load_pretrained(directory, dtype="float32")
-    context = min(context, model.config.max_position_embeddings)
-    against = None if baseline is None else pretrained.load_pretrained(find_model(baseline), dtype="float32")
-    if against is not None:
-        context = min(context, against[0].config.max_position_embeddings)
-    tokens = evaluation_tokens(model, TextSource(directory), data, context)
-
-    def done(n: int, total: int) -> None:
-        progress("evaluating", n, total)
-
-    params = placed(params, mesh)
-    if against is None:
-        alone = perplexity(model.apply, params, tokens, context=context, progress=done)
-        return Evaluation(tokens.size, context, alone, None)
-    other, other_params = against[0], placed(against[1], mesh)
+    text, other_text = TextSource(name), None if baseline is None else TextSource(baseline)
+    model, params = pretrained.load_pretrained(text.directory, dtype="float32")
+    other, other_params = model, None
+    if other_text is not None:
+        other, other_params = pretrained.load_pretrained(other_text.directory, dtype="float32")
     if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the baseline has a vocabulary of {other.config.vocab_size}, the model one of {model.config.vocab_size}; "
             "only models with the same tokenizer can be compared"
         )
-    result = compare(model.apply, params, other_params, tokens, baseline_fn=other.apply, context=context, progress=done)
-    return Evaluation(tokens.size, context, result.perplexity, result)
+    context = min(context, model.config.max_position_embeddings, other.config.max_position_embeddings)
+    tokens = evaluation_tokens(model, text, data, context)
+
+    def done(n: int, total: int) -> None:
+        progress("evaluating", n, total)
+
+    params = placed(params, mesh)
+    with _kept(keep, [t.fingerprint for t in (text, other_text) if t is not None], tokens, context) as kept:
+        how = {"context": context, "progress": done, **kept}
+        if other_params is None:
+            return Evaluation(tokens.size, context, perplexity(model.apply, params, tokens, **how), None)
+        other_params = placed(other_params, mesh)
+        result = compare(model.apply, params, other_params, tokens, baseline_fn=other.apply, **how)
+        return Evaluation(tokens.size, context, result.perplexity, result)
+
+
+@contextlib.contextmanager
+def _kept(keep: str | os.PathLike, names: list[str], tokens: np.ndarray, context: int) -> Iterator[dict[str, Any]]:
+    """Arguments of `perplexity` and `compare` that make them keep what they have, until they have finished."""
+    directory, fingerprint = Path(keep), json.dumps([*names, context, hashlib.sha256(tokens.tobytes()).hexdigest()])
+    file = directory / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.jsonl"
+    yield {"kept": file, "fingerprint": fingerprint}
+    file.unlink()
+    with contextlib.suppress(OSError):  # others keep something there
+        directory.rmdir()

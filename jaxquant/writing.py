@@ -16,7 +16,7 @@ from jaxquant.evaluation.tasks import TaskResult, metric_named, predictions, rea
 from jaxquant.models.generation import FLOATS, GREEDY, Sampling, generate
 from jaxquant.numerics.kv_cache import CacheSpec
 from jaxquant.pretrained import load_pretrained
-from jaxquant.workflows import Progress, TextSource, silent
+from jaxquant.workflows import KEPT, Progress, TextSource, silent
 
 SETTINGS = "generation_config.json"  # Hugging Face's
 
@@ -76,10 +76,8 @@ class Writer:
     @property
     def fingerprint(self) -> str:
         """Names the checkpoint's files and the settings."""
-        files = sorted(path for path in self.text.directory.iterdir() if path.suffix in (".json", ".safetensors"))
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         settings = [self.max_new_tokens, self.seed, str(self.sampling), str(self.cache)]
-        return json.dumps([os.path.realpath(self.text.directory), stats, settings])
+        return json.dumps([self.text.fingerprint, settings])
 
     @functools.cached_property
     def stop_tokens(self) -> list[int]:
@@ -133,7 +131,7 @@ def evaluate_task(
     baseline: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 8,
-    keep: str | os.PathLike = "jaxquant-predictions",
+    keep: str | os.PathLike = KEPT,
     progress: Progress = silent,
 ) -> TaskResult:
     """Scores what a checkpoint writes, greedily, for prompts with known answers, alone or beside a baseline.
@@ -152,8 +150,6 @@ def evaluate_task(
       ValueError, OSError: bad input.
     """
     examples = read_examples(data, metric_named(metric))
-    keep = Path(keep)
-    keep.mkdir(parents=True, exist_ok=True)
 
     def made(name: str, what: str) -> list[str]:
         writer = Writer(TextSource(name), max_new_tokens)
@@ -164,7 +160,7 @@ def evaluate_task(
             functools.partial(writer.write_all, size=batch_size),
             examples,
             batch_size=batch_size,
-            kept=keep / f"{digest}.jsonl",
+            kept=Path(keep) / f"{digest}.jsonl",
             fingerprint=fingerprint,
             progress=functools.partial(progress, what),
         )

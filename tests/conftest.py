@@ -3,7 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads wait in loops: with more of them than cores, a hundred times longer
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two processes, each with threads that wait in loops, block each other
 
 import jax
 import pytest

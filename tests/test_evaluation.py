@@ -328,3 +328,48 @@ def test_samples_are_spread_over_the_stream():
         take_samples(np.arange(9), 1, 10)
     with pytest.raises(ValueError, match="must be positive"):
         take_samples(np.arange(9), 0, 10)
+
+
+def interrupt_after(windows):
+    def progress(done, total):
+        if done >= windows:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "compare"])
+def test_an_interrupted_evaluation_goes_on(setup, tmp_path, measure):
+    table, other, tokens = setup
+    trees = {"perplexity": (other,), "compare": (other, table)}[measure]
+
+    def run(fn, **options):
+        return {"perplexity": perplexity, "compare": compare}[measure](
+            fn, *trees, tokens, context=20, batch_size=2, **options
+        )
+
+    kept = {"kept": tmp_path / "new" / "kept.jsonl", "fingerprint": "m"}
+    with pytest.raises(KeyboardInterrupt):
+        run(bigram, **kept, progress=interrupt_after(8))
+    assert len(kept["kept"].read_text().splitlines()) == 1 + 4
+    computed = []
+
+    def counting(params, tokens):
+        jax.debug.callback(lambda: computed.append(1))
+        return bigram(params, tokens)
+
+    assert run(counting, **kept) == run(bigram)
+    jax.effects_barrier()
+    assert 0 < len(computed) <= 2 * 4  # batches of the eight; a comparison runs two models
+
+
+@pytest.mark.parametrize("other", ["fingerprint", "tokens", "context", "batch_size"])
+def test_sums_of_another_evaluation_are_not_taken(setup, tmp_path, other):
+    table, _, tokens = setup
+    how = {"tokens": tokens, "context": 20, "batch_size": 2, "fingerprint": "m", "kept": tmp_path / "kept.jsonl"}
+    perplexity(bigram, table, **how)
+    before = how["kept"].read_bytes()
+    how[other] = {"fingerprint": "n", "tokens": tokens[::-1], "context": 30, "batch_size": 4}[other]
+    with pytest.raises(ValueError, match="holds no results of this model, with these settings, on these data"):
+        perplexity(bigram, table, **how)
+    assert how["kept"].read_bytes() == before

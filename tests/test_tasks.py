@@ -187,6 +187,6 @@ def test_predictions_of_another_run_are_not_taken(tmp_path, other):
         kept.write_bytes(b"important\n")
     before = kept.read_bytes()
     examples = EXAMPLES[1:] if other == "prompts" else EXAMPLES
-    with pytest.raises(ValueError, match="holds no predictions of this model, with these settings, for these prompts"):
+    with pytest.raises(ValueError, match="holds no results of this model, with these settings, on these data"):
         predictions(list, examples, kept=kept, fingerprint="other" if other == "fingerprint" else "m")
     assert kept.read_bytes() == before

@@ -6,17 +6,21 @@ Techniques, 2.30). Differences are paired: both models see the same windows, and
 cancels.
 """
 
+import dataclasses
 import functools
+import hashlib
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.evaluation.windows import batches, cut_windows
+from jaxquant.evaluation.kept import Kept
+from jaxquant.evaluation.windows import Windows, batches, cut_windows
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms import meshes
 from jaxquant.transforms.jobs import count_not_finite
@@ -59,6 +63,8 @@ def perplexity(
     context: int = 512,
     stride: int | None = None,
     batch_size: int = 8,
+    kept: Path | None = None,
+    fingerprint: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window.
@@ -70,16 +76,20 @@ def perplexity(
       context: tokens per window, at most the model's context length.
       stride: distance between windows, see `cut_windows`.
       batch_size: windows that run together.
+      kept: a file in which the sums of windows are kept as they come, and from which those of a run that was
+        interrupted are taken.
+      fingerprint: names the function and its parameters, so that the sums of others are not taken.
       progress: called with (windows done, windows in all).
 
     Raises:
-      ValueError: as `cut_windows`, or a prediction that is not finite.
+      ValueError: as `cut_windows`, a prediction that is not finite, or `kept` is of another run.
     """
 
     def sums(window, scored):
         return (_loss_sums(fn, params, window, scored),)
 
-    count, (loss,) = _over_windows(sums, tokens, context, stride, batch_size, progress, {"params": params})
+    run = _Run(cut_windows(tokens, context, stride), batch_size, kept, fingerprint, progress)
+    count, (loss,) = run.over_windows(sums, {"params": params})
     return _perplexity(loss, count)
 
 
@@ -93,6 +103,8 @@ def compare(
     context: int = 512,
     stride: int | None = None,
     batch_size: int = 8,
+    kept: Path | None = None,
+    fingerprint: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Compares a model, such as a quantized one, with a baseline on the same tokens.
@@ -106,6 +118,8 @@ def compare(
       context: tokens per window.
       stride: distance between windows.
       batch_size: windows that run together.
+      kept: a file of sums.
+      fingerprint: names both functions and their parameters.
       progress: called with (windows done, windows in all).
 
     Raises:
@@ -115,8 +129,9 @@ def compare(
     def sums(window, scored):
         return _paired_sums(fn, baseline_fn or fn, params, baseline_params, window, scored)
 
+    run = _Run(cut_windows(tokens, context, stride), batch_size, kept, fingerprint, progress)
     held = {"params": params, "baseline_params": baseline_params}
-    count, (loss, base, kl, agree) = _over_windows(sums, tokens, context, stride, batch_size, progress, held)
+    count, (loss, base, kl, agree) = run.over_windows(sums, held)
     return Comparison(
         tokens=int(count.sum()),
         perplexity=_perplexity(loss, count),
@@ -127,20 +142,40 @@ def compare(
     )
 
 
-def _over_windows(sums, tokens, context, stride, batch_size, progress, trees):
-    """Scored tokens per window, and each measure's sum per window. `trees` are those that `sums` uses, by argument."""
-    windows = cut_windows(tokens, context, stride)
-    total, results = len(windows.tokens), []
-    mesh = meshes.mesh_of(trees)
-    for i, batch in enumerate(batches(windows, batch_size)):
-        batch = batch if mesh is None else jax.tree.map(lambda a: meshes.put_batch(a, mesh), batch)
-        results.append([a.astype(np.float64) for a in meshes.fetched(sums(batch.tokens, batch.scored))])
-        if progress is not None:
-            progress(min((i + 1) * batch_size, total), total)
-    measures = [np.concatenate(parts)[:total] for parts in zip(*results, strict=True)]
-    if not all(np.isfinite(m).all() for m in measures):
-        raise ValueError(f"a prediction is not finite: {_why_not_finite(trees)}")
-    return windows.scored.sum(1), measures
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One pass over windows. Attributes as the arguments of `perplexity`."""
+
+    windows: Windows
+    batch_size: int
+    kept: Path | None
+    fingerprint: str
+    progress: Callable[[int, int], None] | None
+
+    def over_windows(self, sums, trees):
+        """Scored tokens per window, and each measure's sum per window. `trees` are those `sums` uses, by argument."""
+        total, mesh = len(self.windows.tokens), meshes.mesh_of(trees)
+        file = None if self.kept is None else Kept(self.kept, self._header, list)
+        results = [] if file is None else list(file.results)
+        for i, batch in enumerate(batches(self.windows, self.batch_size)):
+            if i == len(results):
+                batch = batch if mesh is None else jax.tree.map(lambda a: meshes.put_batch(a, mesh), batch)
+                results.append(
+                    [a.astype(np.float64).tolist() for a in meshes.fetched(sums(batch.tokens, batch.scored))]
+                )
+                if file is not None:
+                    file.add(results[-1:])
+            if self.progress is not None:
+                self.progress(min((i + 1) * self.batch_size, total), total)
+        measures = [np.concatenate(parts)[:total] for parts in zip(*results, strict=True)]
+        if not all(np.isfinite(m).all() for m in measures):
+            raise ValueError(f"a prediction is not finite: {_why_not_finite(trees)}")
+        return self.windows.scored.sum(1), measures
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        digest = hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in self.windows)).hexdigest()
+        return {"fingerprint": self.fingerprint, "windows": digest, "batch_size": self.batch_size}
 
 
 def _why_not_finite(trees) -> str:

@@ -9,7 +9,6 @@ examples are the same.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxquant.evaluation.data import json_lines
+from jaxquant.evaluation.kept import Kept
 from jaxquant.evaluation.task_metrics import METRICS, Metric, check_properties
 
 RESAMPLES = 1000  # of the bootstrap
@@ -134,43 +134,16 @@ def predictions(
         raise ValueError(f"batch_size={batch_size} must be 1 or more prompts")
     prompts = [example.prompt for example in examples]
     header = {"fingerprint": fingerprint, "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-    made = [] if kept is None else _resumed(kept, header)[: len(prompts)]
+    file = None if kept is None else Kept(kept, header, str)
+    made = [] if file is None else file.results[: len(prompts)]
     for start in range(len(made), len(prompts), batch_size):
         new = list(write(prompts[start : start + batch_size]))
         made += new
-        if kept is not None:
-            _append(kept, new)
+        if file is not None:
+            file.add(new)
         if progress is not None:
             progress(len(made), len(prompts))
     return made
-
-
-def _resumed(path: Path, header: dict[str, str]) -> list[str]:
-    """The predictions in a file, which is begun if it is not there; a line that was cut off is dropped from it."""
-    whole = path.read_bytes() if path.exists() else b""
-    end = whole.rfind(b"\n") + 1
-    if end < len(whole):
-        os.truncate(path, end)
-    if end == 0:
-        _append(path, [header])
-        return []
-    try:
-        first, *made = map(json.loads, whole[:end].splitlines())
-    except (ValueError, RecursionError):
-        first, made = None, []
-    if first != header or not all(isinstance(text, str) for text in made):
-        raise ValueError(
-            f"{path} holds no predictions of this model, with these settings, for these prompts; delete it, or name "
-            "another file"
-        )
-    return made
-
-
-def _append(path: Path, values: Sequence[Any]) -> None:
-    with path.open("ab") as file:
-        file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def score(name: str, examples: Sequence[Example], made: Sequence[str], baseline: Sequence[str] | None) -> TaskResult:
