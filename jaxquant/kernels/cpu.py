@@ -1,6 +1,6 @@
 """Products on a CPU with weights `[*out, K]` that are prepared for it: sums of integers, for rounded and float inputs.
 
-XLA multiplies 8-bit integers fast on a CPU (two rows and more, both operands with K last), and floats with dequantized
+XLA multiplies 8-bit integers fast on a CPU (four rows and more, both operands with K last), and floats with dequantized
 codes slowly, because the dequantized weight goes to memory and back. So few rows of floats are written as fixed-point
 numbers, whose digits are 8-bit integers,
 
@@ -31,6 +31,7 @@ from jaxquant.numerics.qtensor import QTensor
 
 BASE = 254  # between digits: the remainder of one, at most half, is at most 127 of the next
 DIGITS = {"float32": 3, "float16": 3, "bfloat16": 2}
+FEWEST_ROWS = 4  # of integers: XLA takes longer for one, two or three
 MOST_ROWS = 24  # of float inputs that are split into digits
 OUTPUTS = 256  # that are dequantized at once
 
@@ -104,8 +105,9 @@ def _integers(layout: _Layout, a, unit, w, t, z) -> jax.Array:
       w: codes `[N, K]`, or `[N, K/2]` where they share bytes.
       t, z: scales and zero points `[G, N]`, or `[1, 1]`; z is None if symmetric.
     """
-    if len(a) == 1:  # XLA is slow with a single row
-        return _integers(layout, jnp.pad(a, ((0, 1), (0, 0))), jnp.pad(unit, ((0, 1), (0, 0))), w, t, z)[:1]
+    if len(a) < FEWEST_ROWS:
+        a, unit, rows = *(jnp.pad(b, ((0, FEWEST_ROWS - len(b)), (0, 0))) for b in (a, unit)), len(a)
+        return _integers(layout, a, unit, w, t, z)[:rows]
     halves, groups = layout.halves, len(t)
     size = a.shape[1] // groups
 
