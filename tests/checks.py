@@ -5,20 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from functions import CASES, Seen
 
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.statistics import HELD_OUT_EVERY, SAMPLE_ROWS, token_hash
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These tests compile hundreds of small programs and run each once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def lead_shape(shape, contract, out):

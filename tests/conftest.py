@@ -3,6 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # thousands of small programs, each run a few times
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two processes, each with threads that wait in loops, block each other
 
 import jax

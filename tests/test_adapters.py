@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, quantize_case, quick_compilation  # noqa: F401
+from checks import assert_same, quantize_case
 from functions import CASES, normal
 from jax import lax
 from meshes import P, mesh_of

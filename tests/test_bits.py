@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_compilation  # noqa: F401
 from compilations import compilations
 
 from jaxquant.methods.awq import AWQ

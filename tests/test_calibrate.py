@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import axes_of, check, lead_shape, oracle, quick_compilation  # noqa: F401
+from checks import axes_of, check, lead_shape, oracle
 from functions import CASES, normal
 from jax import lax
 from streams import check_mlp, mlp, mlp_params, stream

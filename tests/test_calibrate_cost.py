@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checks import quick_compilation  # noqa: F401
 from compilations import compilations
 from functions import CASES, normal
 from streams import check_mlp, mlp, mlp_params, stream

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import check, quick_compilation  # noqa: F401
+from checks import check
 from functions import normal
 from jax import lax
 from streams import mlp, mlp_params, stream

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_compilation  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import equations

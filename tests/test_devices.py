@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_compilation  # noqa: F401
 from functions import normal
 from meshes import SPLIT, P, mesh_of, model, params_of, put
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import assert_same, axes_of, consumed, quantize_case, quick_compilation  # noqa: F401
+from checks import assert_same, axes_of, consumed, quantize_case
 from functions import CASES, normal
 from jax import lax
 from jax.sharding import AxisType

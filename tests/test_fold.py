@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_compilation as quick_compilation
 from test_families import TOKENS, VARIANTS, reference, tensors_of, written_by_transformers
 
 import jaxquant as jq

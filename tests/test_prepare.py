@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, quantize_case, quick_compilation  # noqa: F401
+from checks import assert_same, quantize_case
 from functions import CASES
 
 import jaxquant as jq

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, quick_compilation  # noqa: F401
+from checks import assert_same
 from functions import CASES, normal
 from meshes import P, mesh_of
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, dense_of, quick_compilation  # noqa: F401
+from checks import assert_same, dense_of
 from functions import normal
 from jax import lax
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, check, dense_of, expected, oracle, quick_compilation  # noqa: F401
+from checks import assert_same, check, dense_of, expected, oracle
 from functions import normal
 from jax import lax
 from jax.sharding import AxisType

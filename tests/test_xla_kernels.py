@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import quick_compilation  # noqa: F401
 from samples import correlated, weights
 
 import jaxquant as jq
