@@ -10,6 +10,8 @@ from datetime import date
 
 import jax
 
+PEERS = ("--peer", "--llmcompressor", "--torch", "--qwix")  # options that name an interpreter
+
 
 def _cores() -> str:
     allowed, present = len(os.sched_getaffinity(0)), os.cpu_count()
@@ -18,7 +20,7 @@ def _cores() -> str:
 
 def _command() -> str:
     before = [None, *sys.argv]
-    return shlex.join(["python", *("PYTHON" if b == "--peer" else a for a, b in zip(sys.argv, before, strict=False))])
+    return shlex.join(["python", *("PYTHON" if b in PEERS else a for a, b in zip(sys.argv, before, strict=False))])
 
 
 def describe(peer: str | None = None) -> dict[str, str]:

@@ -9,6 +9,7 @@ Calibrates on the token ids `[samples, time]`. Prints a line of JSON: the second
 import json
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def main(model: str, tokens: str, out: str, settings: str = "{}") -> None:
     seconds = time.perf_counter() - start
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak = int(status["VmHWM"].split()[0]) / 1024
-    print(json.dumps({"seconds": seconds, "oneshot": solved, "peak": peak, "threads": torch.get_num_threads()}))
+    about = {"threads": torch.get_num_threads(), "version": metadata.version("llmcompressor")}
+    print(json.dumps({"seconds": seconds, "oneshot": solved, "peak": peak, **about}))
 
 
 if __name__ == "__main__":
