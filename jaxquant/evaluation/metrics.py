@@ -179,8 +179,34 @@ def _loss_sums(fn, params, tokens, scored):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _paired_sums(fn, baseline_fn, params, baseline_params, tokens, scored):
+    t = by_token(fn, baseline_fn, params, baseline_params, tokens)
+    agree = (t.top == t.baseline_top).astype(jnp.float32)
+    return tuple(jnp.sum(jnp.where(scored, m, 0), -1) for m in (t.loss, t.baseline_loss, t.kl, agree))
+
+
+class TokenComparison(NamedTuple):
+    """A model against a baseline, prediction by prediction; arrays `[batch, time - 1]`, the first of token 1.
+
+    Attributes:
+      loss, baseline_loss: negative log-likelihood of the token, nats.
+      kl: KL(baseline ‖ model) of the predicted distributions, nats.
+      top, baseline_top: int32, the most likely token.
+    """
+
+    loss: jax.Array
+    baseline_loss: jax.Array
+    kl: jax.Array
+    top: jax.Array
+    baseline_top: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def by_token(
+    fn: LogitsFunction, baseline_fn: LogitsFunction, params: Any, baseline_params: Any, tokens: jax.Array
+) -> TokenComparison:
+    """What `compare` takes the means of, for tokens `[batch, time]`."""
     new, old = _log_probabilities(fn, params, tokens), _log_probabilities(baseline_fn, baseline_params, tokens)
     possible = old > -jnp.inf  # a vocabulary may be masked
     kl = jnp.sum(jnp.where(possible, jnp.exp(old) * (old - new), 0), -1)
-    agree = (jnp.argmax(new, -1) == jnp.argmax(old, -1)).astype(jnp.float32)
-    return tuple(jnp.sum(jnp.where(scored, m, 0), -1) for m in (_losses(new, tokens), _losses(old, tokens), kl, agree))
+    top, baseline_top = (jnp.argmax(a, -1).astype(jnp.int32) for a in (new, old))
+    return TokenComparison(_losses(new, tokens), _losses(old, tokens), kl, top, baseline_top)
