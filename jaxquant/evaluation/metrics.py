@@ -74,6 +74,13 @@ def perplexity(
 
     Raises:
       ValueError: as `cut_windows`, or a prediction that is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, jaxquant as jq
+      >>> def apply(params, tokens):  # knows nothing of its 8 tokens
+      ...     return jnp.zeros((*tokens.shape, 8))
+      >>> round(jq.perplexity(apply, {}, np.arange(8), context=4), 4)
+      8.0
     """
 
     def sums(window, scored):
@@ -110,6 +117,15 @@ def compare(
 
     Raises:
       ValueError: as `perplexity`.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, jaxquant as jq
+      >>> def apply(params, tokens):
+      ...     return jnp.broadcast_to(params, (*tokens.shape, 2))
+      >>> baseline, uniform = jnp.log(jnp.array([0.75, 0.25])), jnp.zeros(2)
+      >>> found = jq.compare(apply, uniform, baseline, np.array([0, 1, 0, 1, 0]), context=5)
+      >>> round(found.kl.mean, 4), found.top1_agreement.mean  # 0.75 log(1.5) + 0.25 log(0.5)
+      (0.1308, 1.0)
     """
 
     def sums(window, scored):
