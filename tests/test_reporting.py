@@ -1,5 +1,6 @@
 """The report: its numbers against the library's and plain NumPy, and the page as a browser takes it apart."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -17,13 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 import jaxquant as jq
 from jaxquant.cli import main
+from jaxquant.models.stacking import unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.reporting import page
 from jaxquant.reporting.collect import collect
 from jaxquant.reporting.figures import Axis
 from jaxquant.reporting.ranges import OUTLIER
 
-HOSTILE = "<script>alert(1)</script>"
+HOSTILE = "\"'><script>alert(1)</script>"
 EVIL_NAME = "<img src=x onerror=alert(1)>"
 CONTEXT = 32
 
@@ -215,6 +217,26 @@ def test_an_incomplete_checkpoint_shows_what_there_is(folder, tmp_path):
     assert found.baseline.perplexity > 1
 
 
+def test_an_incomplete_baseline_still_has_weights_to_compare_with(folder, loaded, tmp_path):
+    model, params = loaded["float"]
+    layers = unstack_layers(params)["layers"]
+    jq.save(tmp_path / "whole", dataclasses.replace(model, stacked=False), {**params, "layers": layers})
+    jq.save(tmp_path / "base", None, {**params, "layers": {"1": layers["1"]}})
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "base")
+    found = collect(
+        [str(folder / "two")], baseline=str(tmp_path / "base"), data=str(folder / "held.npy"), context=CONTEXT
+    )
+    assert found.baseline.storage.missing == (0,)
+    assert not found.output_errors
+    w = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"], np.float64)[1]
+    rounded = np.asarray(jq.dequantize(loaded["two"][1]["layers"]["mlp"]["up_proj"]["kernel"]), np.float64)[1]
+    expected = np.square(rounded - w).sum() / np.square(w).sum()
+    assert found.rows[0].errors["mlp/up_proj"] == {1: pytest.approx(expected, rel=1e-4)}
+    text = Page(page.render(found)).text
+    assert "Squared error of the weights" in text
+    assert "base lacks the linear layers of layers 0" in text
+
+
 def test_without_a_baseline(folder):
     found = collect([str(folder / "two")], data=str(folder / "held.npy"), context=CONTEXT)
     model, params = jq.load_pretrained(folder / "two")
@@ -229,13 +251,13 @@ def test_without_a_baseline(folder):
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_compared(folder, tmp_path):
-    jq.save(tmp_path / "other", *random_model(vocab_size=32))
+    jq.save(tmp_path / "other", *random_model(vocab_size=32, intermediate_size=64))
     found = collect(
         [str(tmp_path / "other")], baseline=str(folder / "float"), data=str(folder / "held.npy"), context=CONTEXT
     )
     assert "its vocabulary of 32 is not that of" in found.notes[0]
     assert found.rows[0].comparison is None
-    assert found.rows[0].errors
+    assert set(found.rows[0].errors) == {f"self_attn/{name}_proj" for name in "qkvo"}  # the others have other shapes
 
 
 def test_the_command(folder, tmp_path, capsys):

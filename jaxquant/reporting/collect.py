@@ -205,6 +205,7 @@ class _Session:
         """Measures a model."""
         tally, errors = Tally(), dict[str, dict[int, float]]()
         for layer in range(opened.num_layers):
+            self._progress(f"reading {opened.name}", layer + 1, opened.num_layers)
             weights = opened.layer(layer)
             tally.add(layer, linear(weights))
             for path, error in self._errors(opened, weights, layer).items():
@@ -224,8 +225,9 @@ class _Session:
         if self.base is None or self.base.model is None or not weights:
             return {}
         originals = {path: leaf for path, leaf in self.base.layer(layer).items() if not is_qtensor(leaf)}
+        alike = {p: leaf for p, leaf in weights.items() if p in originals and leaf.shape == originals[p].shape}
         pairs = dataclasses.replace(self.base.model, stacked=True).fold_pairs
-        own = linear(unfolded(weights, originals, pairs))
+        own = linear(unfolded(alike, originals, pairs))
         inputs = held_out_rows(self.stats, layer) if self.output_errors and self.stats is not None else {}
         return relative_errors(own, originals, inputs)
 

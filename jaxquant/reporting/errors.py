@@ -20,7 +20,7 @@ def relative_errors(
 
     Args:
       weights: arrays or QTensors `[*experts, in, out]`, by path.
-      originals: the baseline's; those without one of the same shape have no error.
+      originals: the baseline's, arrays of the same shapes.
       inputs: rows `[*experts, R, in]` of what the baseline multiplies each with.
 
     Returns:
@@ -29,10 +29,7 @@ def relative_errors(
     """
     found = {}
     for path, leaf in weights.items():
-        original = originals.get(path)
-        if original is None or is_qtensor(original) or original.shape != leaf.shape:
-            continue
-        error, scale = (float(np.sum(part)) for part in _energies(original, leaf, inputs.get(path)))
+        error, scale = (float(np.sum(part)) for part in _energies(originals[path], leaf, inputs.get(path)))
         if scale > 0 and np.isfinite(error / scale):
             found[path] = error / scale
     return found

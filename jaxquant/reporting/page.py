@@ -102,7 +102,9 @@ def _visible(value: Any) -> Any:
 
 def _number(value: float | None, form: str) -> str:
     """A number in a format, or a dash where there is none."""
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+    if value == math.inf:
+        return "∞"
+    return "–" if value is None or math.isnan(value) else format(value, form)
 
 
 def _percent(value: float) -> str:
