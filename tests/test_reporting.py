@@ -260,6 +260,21 @@ def test_a_checkpoint_that_does_not_fit_is_not_compared(folder, tmp_path):
     assert set(found.rows[0].errors) == {f"self_attn/{name}_proj" for name in "qkvo"}  # the others have other shapes
 
 
+def test_a_baseline_that_is_not_finite_is_named(folder, loaded, tmp_path):
+    model, params = loaded["float"]
+    jq.save(tmp_path / "nan", model, {**params, "norm": {"scale": params["norm"]["scale"].at[3].set(np.nan)}})
+    found = collect(
+        [str(folder / "two")], baseline=str(tmp_path / "nan"), data=str(folder / "held.npy"), context=CONTEXT
+    )
+    assert [note.partition(": ")[0].partition(" ")[2] for note in found.notes] == [
+        "was not compared",
+        "has no perplexity",
+    ]
+    assert all("'norm/scale'" in note for note in found.notes)
+    assert found.rows[0].errors
+    assert "was not compared" in Page(page.render(found)).text
+
+
 def test_the_command(folder, tmp_path, capsys):
     out = tmp_path / "r.html"
     argv = [

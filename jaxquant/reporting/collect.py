@@ -12,6 +12,7 @@ import numpy as np
 from jaxquant.evaluation.data import take_samples
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.methods.rtn import RTN
+from jaxquant.models.model import Model
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.reporting import texts
@@ -156,7 +157,8 @@ class _Session:
         self.tokens: np.ndarray | None = None
         self.stats: Statistics | None = None
         self.prompts = np.zeros((0, 1), np.int32)
-        self._lead: Opened | None = None
+        self._lead: Model | None = None
+        self._lead_name = ""
         self._shown = texts.Tokens(str, ())
         self._passage = np.zeros(0, np.int32)
         self._baseline_texts: list[list[int]] | None = None
@@ -177,7 +179,7 @@ class _Session:
         text, most = TextSource(lead.name), lead.model.config.max_position_embeddings
         self.context = min(self.context, most)
         tokens = evaluation_tokens(lead.model, text, self._data, self.context)
-        self._lead, self.tokens, self._shown = lead, tokens, texts.Tokens.of(text)
+        self._lead, self._lead_name, self.tokens, self._shown = lead.model, lead.name, tokens, texts.Tokens.of(text)
         length = min(self.context, tokens.shape[-1])
         self.prompts = take_samples(tokens, PROMPTS, min(PROMPT_TOKENS, max(1, length // 2)))
         some = take_samples(tokens, PROMPTS, min(PASSAGE_TOKENS, length))
@@ -195,7 +197,7 @@ class _Session:
     @property
     def output_errors(self) -> bool:
         """Whether the inputs of the baseline's linear layers are known."""
-        return self.base is not None and self.base is self._lead and self.stats is not None
+        return self.base is not None and self.base.params is not None and self.stats is not None
 
     def text_of(self, ids: np.ndarray) -> str:
         """The text of token ids."""
@@ -243,15 +245,14 @@ class _Session:
 
     def _measured(self, opened: Opened) -> dict[str, Any]:
         """Fields of the row that need the model to run. ValueError if it does not go with the tokens."""
-        model, lead, base = opened.model, self._lead, self.base
+        model, base = opened.model, self.base
         assert model is not None
-        assert lead is not None
-        assert lead.model is not None
+        assert self._lead is not None
         vocabulary, most = model.config.vocab_size, model.config.max_position_embeddings
-        if vocabulary != lead.model.config.vocab_size:
+        if vocabulary != self._lead.config.vocab_size:
             raise ValueError(
-                f"its vocabulary of {vocabulary} is not that of {lead.name}, {lead.model.config.vocab_size}; only "
-                "models with the same tokenizer can be compared"
+                f"its vocabulary of {vocabulary} is not that of {self._lead_name}, {self._lead.config.vocab_size}; "
+                "only models with the same tokenizer can be compared"
             )
         if most < self.context:
             raise ValueError(f"it sees at most {most} tokens at once; give --context {most} or less")
@@ -285,7 +286,10 @@ class _Session:
         row = _row(base, BASELINE, tally.storage, {})
         known = next((r.comparison.baseline_perplexity for r in rows if r.comparison is not None), None)
         if known is None and base.params is not None and base.model is not None:
-            known = perplexity(base.model.apply, base.params, self.tokens, context=self.context)
+            try:
+                known = perplexity(base.model.apply, base.params, self.tokens, context=self.context)
+            except ValueError as error:
+                self.notes.append(f"{base.name} has no perplexity: {error}")
         written = [texts.compared(self._shown, ids, ids) for ids in self._baseline_texts or []]
         return dataclasses.replace(row, perplexity=known, continuations=tuple(written))
 
