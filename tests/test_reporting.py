@@ -22,7 +22,7 @@ from jaxquant.models.stacking import unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.reporting import page
 from jaxquant.reporting.collect import collect
-from jaxquant.reporting.figures import Axis
+from jaxquant.reporting.figures import Axis, perplexity_plot
 from jaxquant.reporting.ranges import OUTLIER
 
 HOSTILE = "\"'><script>alert(1)</script>"
@@ -317,6 +317,16 @@ def test_axes_have_a_few_ticks_where_they_belong(low, high, log):
     for at, label in axis.ticks:
         assert 10 <= at <= 110
         assert at == pytest.approx(axis.at(float(label)), abs=1)
+
+
+def test_points_that_lie_together_share_a_label(found):
+    first, second = found.rows
+    times = {"base": 9, "1": 1, "2": 3, "3": 1.0001}
+    rows = [found.baseline, first, second, dataclasses.replace(first, key="3")]
+    plot = perplexity_plot([dataclasses.replace(row, perplexity=times[row.key] * first.perplexity) for row in rows])
+    assert [text for _, _, text in plot.labels] == ["base", "1, 3", "2"]
+    assert len(plot.points) == 4
+    assert perplexity_plot([dataclasses.replace(first, perplexity=np.inf)]) is None
 
 
 def test_a_browser_shows_it_without_complaint(found, tmp_path):

@@ -12,6 +12,7 @@ from jaxquant.reporting.ranges import LayerRange
 WIDTH, HEIGHT = 380.0, 240.0  # of a figure, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 30.0, 40.0  # around what is plotted
 TICKS = 7  # at most, and so many names of layers
+NEAR = 18.0  # units in which two labels would lie over one another
 DOTS = 24  # outliers that are drawn of one layer
 DTYPES = (("fp32", 32), ("bf16", 16), ("int8", 8), ("int4", 4))
 
@@ -91,11 +92,12 @@ class Point(NamedTuple):
 
 
 class Scatter(NamedTuple):
-    """Perplexity against bits per weight."""
+    """Perplexity against bits per weight; `labels` are the keys of points, those that lie together in one."""
 
     x: Axis
     y: Axis
     points: list[Point]
+    labels: list[tuple[float, float, str]]
 
 
 def perplexity_plot(rows: Sequence[Row]) -> Scatter | None:
@@ -109,7 +111,20 @@ def perplexity_plot(rows: Sequence[Row]) -> Scatter | None:
         return None
     x = Axis(0, max(bits for _, bits, _ in known) * 1.08, LEFT, WIDTH - RIGHT)
     y = _log_axis([value for _, _, value in known], HEIGHT - BOTTOM, TOP)
-    return Scatter(x, y, [Point(row, x.at(bits), y.at(value)) for row, bits, value in known])
+    points = [Point(row, x.at(bits), y.at(value)) for row, bits, value in known]
+    return Scatter(x, y, points, _labels(points))
+
+
+def _labels(points: Sequence[Point]) -> list[tuple[float, float, str]]:
+    labels: list[tuple[float, float, str]] = []
+    for point in points:
+        near = [i for i, (x, y, _) in enumerate(labels) if abs(x - point.x) < NEAR and abs(y - point.y) < NEAR]
+        if near:
+            x, y, text = labels[near[0]]
+            labels[near[0]] = (x, min(y, point.y), f"{text}, {point.row.key}")
+        else:
+            labels.append((point.x, point.y, point.row.key))
+    return labels
 
 
 class Cell(NamedTuple):
