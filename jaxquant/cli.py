@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(subparsers)
     _add_inspect(subparsers)
     _add_generate(subparsers)
+    _add_report(subparsers)
     return parser
 
 
@@ -128,9 +129,7 @@ def _add_evaluate(subparsers) -> None:
     parser = _add(subparsers, "evaluate", commands.evaluate, "perplexity of a checkpoint, alone or against a baseline")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--baseline", metavar="MODEL", help="compare with this model on the same tokens")
-    parser.add_argument("--data", metavar="FILE", help=DATA_HELP + "held-out files of Python's standard library")
-    parser.add_argument("--context", type=int, default=512, metavar="T",
-                        help="tokens that the model sees at once (default: %(default)s)")  # fmt: skip
+    _add_data(parser)
     parser.add_argument("--metric", choices=METRICS,
                         help="score what the model writes: --data is .jsonl of prompt and reference (for instruction: "
                         "of prompt and properties)")  # fmt: skip
@@ -140,6 +139,21 @@ def _add_evaluate(subparsers) -> None:
                         help="where results are kept as they come, for a run that is interrupted to go on; with "
                         "--metric the texts stay there (default: %(default)s)")  # fmt: skip
     _add_mesh(parser)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="FILE", help=DATA_HELP + "held-out files of Python's standard library")
+    parser.add_argument("--context", type=int, default=512, metavar="T",
+                        help="tokens that the model sees at once (default: %(default)s)")  # fmt: skip
+
+
+def _add_report(subparsers) -> None:
+    what = "write a page on quantized checkpoints: sizes, quality, errors by layer, activations, texts"
+    parser = _add(subparsers, "report", commands.report, what)
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
+    parser.add_argument("--baseline", metavar="MODEL", help="the float model that they were made from")
+    _add_data(parser)
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="file to write (default: %(default)s)")
 
 
 def _add_generate(subparsers) -> None:

@@ -26,6 +26,8 @@ from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.models.generation import GREEDY, Sampling
 from jaxquant.numerics.kv_cache import CacheSpec
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
+from jaxquant.reporting import page
+from jaxquant.reporting.collect import Row, collect
 
 _READERS = {  # of the options that not every method reads
     "no_act_order": ("gptq",),
@@ -204,6 +206,26 @@ def _cells(leaf: inspection.Leaf) -> tuple[str, ...]:
         kind += f", {leaf.nonfinite:,} not finite"
     shape = "×".join(map(str, leaf.shape))
     return shape, kind, f"{leaf.stored_nbytes:,}", f"{leaf.nbytes:,}", histogram.bars()
+
+
+def report(args: Namespace) -> None:
+    """Runs `jaxquant report`. Errors as the library's."""
+    page.check_writable(args.out)
+    with _progress() as progress:
+        found = collect(args.models, baseline=args.baseline, data=args.data, context=args.context, progress=progress)
+    page.write(found, args.out)
+    if args.json:
+        rows = [_summary(row) for row in found.all_rows]
+        return _print_json({"out": args.out, "tokens": found.tokens, "checkpoints": rows, "notes": list(found.notes)})
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"written: {args.out}")
+
+
+def _summary(row: Row) -> dict[str, Any]:
+    numbers = {"nbytes": row.nbytes, "perplexity": row.perplexity, "errors": row.errors}
+    comparison = None if row.comparison is None else _plain(row.comparison)
+    return {"name": row.name, **row.storage._asdict(), **numbers, "comparison": comparison}
 
 
 def _plain(comparison) -> dict[str, Any]:

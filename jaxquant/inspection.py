@@ -138,14 +138,20 @@ def _leaf(path: str, leaf: Any, stored: int) -> Leaf:
     shape = tuple(leaf.shape)
     if is_qtensor(leaf):
         s, codes = leaf.spec, _codes(leaf)
-        group = f"groups of {s.group_size}" if s.group_size else s.granularity.replace("_", " ")
-        kind = f"{s.bits} bits, {group}, {'symmetric' if s.symmetric else 'asymmetric'}"
-        if s.activations is not None:
-            kind += f", {s.activations.kind} {s.activations.bits}-bit inputs"
-        return Leaf(path, shape, kind, s.bits, s.group_size, s.symmetric, stored, leaf.nbytes, 0, codes)
+        return Leaf(path, shape, kind_of(leaf), s.bits, s.group_size, s.symmetric, stored, leaf.nbytes, 0, codes)
     nonfinite, entries = _entries(leaf)
     bits = 8 * leaf.dtype.itemsize
-    return Leaf(path, shape, str(leaf.dtype), bits, None, None, stored, leaf.nbytes, nonfinite, entries)
+    return Leaf(path, shape, kind_of(leaf), bits, None, None, stored, leaf.nbytes, nonfinite, entries)
+
+
+def kind_of(leaf: Any) -> str:
+    """What an array or a QTensor is stored as, for people: a dtype, or "4 bits, groups of 128, symmetric"."""
+    if not is_qtensor(leaf):
+        return str(leaf.dtype)
+    s = leaf.spec
+    group = f"groups of {s.group_size}" if s.group_size else s.granularity.replace("_", " ")
+    inputs = "" if s.activations is None else f", {s.activations.kind} {s.activations.bits}-bit inputs"
+    return f"{s.bits} bits, {group}, {'symmetric' if s.symmetric else 'asymmetric'}{inputs}"
 
 
 def _codes(q: QTensor) -> Histogram:

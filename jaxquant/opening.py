@@ -32,10 +32,11 @@ from jaxquant.models.names import (
     modules,
     outer_params,
     parameter_shapes,
+    present_in_layer,
     tensor_names,
     tensor_paths,
 )
-from jaxquant.models.stacking import alike, is_stacked, stack_layers, unstack_layers
+from jaxquant.models.stacking import alike, is_stacked, layer_of, stack_layers, unstack_layers
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.tracing.interpreter import named_leaves
@@ -118,6 +119,12 @@ class Checkpoint:
         layers = {str(i): unstack_layers(self.layers(range(i, i + 1)))["layers"]["0"] for i in range(count)}
         return self.outer() | {"layers": layers}
 
+    def present(self, layer: int) -> dict[str, Any]:
+        """Those parameters of a layer that are there, by their path in a stack; also of an incomplete checkpoint."""
+        if isinstance(self.source, Tensors | QuantizedTensors):
+            return present_in_layer(self.model.config, self.source, layer)
+        return layer_of(self.source, layer)
+
     @property
     def uneven(self) -> str | None:
         """Why its layers cannot be stacked; None if they can."""
@@ -152,16 +159,10 @@ def open_pretrained(
 ) -> Checkpoint:
     """Opens a model, without reading more than it must. Arguments and errors as `load_pretrained`."""
     directory = find_model(name)
-    if holds_bare_tree(directory):
-        raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
-    hf_config = read_json(directory / CONFIG)
-    plain = {key: value for key, value in hf_config.items() if key != _STORAGE}
-    model = Model.from_hf({**plain, SOURCE: os.path.abspath(directory)})
+    model, source = _opened(directory, sharding)
     if (directory / HEADER).is_file():
-        source = read_any_tree(directory, sharding)
         check_parameters(model.config, source, is_stacked(source))
     else:
-        source = _open(directory, hf_config, model.config)
         check_names(model.config, source)
         check_dtypes(model.config, source.dtype)
         if isinstance(source, QuantizedTensors):
@@ -174,6 +175,25 @@ def open_pretrained(
             )
         source = Merged(source, find_checkpoint(adapter))
     return Checkpoint(directory, model, source)
+
+
+def open_incomplete(directory: Path) -> Checkpoint:
+    """Opens a model of which parameters may be missing, or have shapes that are not the model's.
+
+    Only `present` reads it. Errors as `load_pretrained`, but for those.
+    """
+    return Checkpoint(directory, *_opened(directory, None))
+
+
+def _opened(directory: Path, sharding: Placement | None) -> tuple[Model, Any]:
+    """A model, and its source, which nothing has been compared with."""
+    if holds_bare_tree(directory):
+        raise ValueError(f"{directory} holds a parameter tree without a model; read it with jaxquant.load")
+    hf_config = read_json(directory / CONFIG)
+    plain = {key: value for key, value in hf_config.items() if key != _STORAGE}
+    model = Model.from_hf({**plain, SOURCE: os.path.abspath(directory)})
+    native = (directory / HEADER).is_file()
+    return model, read_any_tree(directory, sharding) if native else _open(directory, hf_config, model.config)
 
 
 def holds_bare_tree(directory: Path) -> bool:

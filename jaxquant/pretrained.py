@@ -67,6 +67,12 @@ def load_pretrained(
       ValueError: a file is damaged, the architecture or the quantization is not supported, `dtype` is none to compute
         in, layers that are quantized differently are to be stacked, or the adapter is not plain LoRA, not the model's,
         or to be added to quantized weights, or `quantize` needs statistics, takes nothing, or the model is quantized.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> model, params = jq.load_pretrained("tinylm")
+      >>> params["layers"]["mlp"]["up_proj"]["kernel"].shape  # [layers, in, out]
+      (4, 256, 768)
     """
     checkpoint = open_pretrained(name, sharding, adapter)
     uneven = checkpoint.uneven

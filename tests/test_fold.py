@@ -11,7 +11,9 @@ from test_families import TOKENS, VARIANTS, reference, tensors_of, written_by_tr
 
 import jaxquant as jq
 from jaxquant.models.names import params_from_tensors
+from jaxquant.models.stacking import layer_of
 from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.transforms.fold import unfolded
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
 torch = pytest.importorskip("torch")
@@ -64,6 +66,22 @@ def test_folding_changes_nothing_but_rounding_errors(variant):
         lambda q: dataclasses.replace(q, channel_scale=None) if is_qtensor(q) else q, qparams, is_leaf=is_qtensor
     )
     assert np.abs(model.apply(wrong, TOKENS) - want).max() > 0.1 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("variant", ["mistral_window_of_one", "gemma2", "phi3", "mixtral", "opt"])
+def test_folded_scales_are_found_again(variant):
+    """From the float model and the folded one, layer by layer: exactly behind norms, else by a fit to 8-bit codes."""
+    model, params = model_of(variant)
+    qparams = scaled(model, params)
+    folded = jq.fold(qparams, model.fold_pairs)
+    readers = {path for pair in model.fold_pairs for path in pair.readers if not path.endswith("/gate/kernel")}
+    for layer in range(model.config.num_layers):
+        before, original = layer_of(qparams, layer), layer_of(params, layer)
+        found = unfolded(layer_of(folded, layer), original, model.fold_pairs)
+        for path in readers:
+            expected, own = (jq.dequantize(leaves[path]) for leaves in (before, found))
+            np.testing.assert_allclose(own, expected, rtol=1e-2, atol=1e-7, err_msg=path)
+    assert unfolded(original, original, model.fold_pairs) == original
 
 
 def test_norms_with_an_offset_keep_their_digits():

@@ -83,6 +83,13 @@ def perplexity(
 
     Raises:
       ValueError: as `cut_windows`, a prediction that is not finite, or `kept` is of another run.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, jaxquant as jq
+      >>> def apply(params, tokens):  # knows nothing of its 8 tokens
+      ...     return jnp.zeros((*tokens.shape, 8))
+      >>> round(jq.perplexity(apply, {}, np.arange(8), context=4), 4)
+      8.0
     """
 
     def sums(window, scored):
@@ -124,6 +131,15 @@ def compare(
 
     Raises:
       ValueError: as `perplexity`.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, jaxquant as jq
+      >>> def apply(params, tokens):
+      ...     return jnp.broadcast_to(params, (*tokens.shape, 2))
+      >>> baseline, uniform = jnp.log(jnp.array([0.75, 0.25])), jnp.zeros(2)
+      >>> found = jq.compare(apply, uniform, baseline, np.array([0, 1, 0, 1, 0]), context=5)
+      >>> round(found.kl.mean, 4), found.top1_agreement.mean  # 0.75 log(1.5) + 0.25 log(0.5)
+      (0.1308, 1.0)
     """
 
     def sums(window, scored):
@@ -214,8 +230,34 @@ def _loss_sums(fn, params, tokens, scored):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _paired_sums(fn, baseline_fn, params, baseline_params, tokens, scored):
+    t = by_token(fn, baseline_fn, params, baseline_params, tokens)
+    agree = (t.top == t.baseline_top).astype(jnp.float32)
+    return tuple(jnp.sum(jnp.where(scored, m, 0), -1) for m in (t.loss, t.baseline_loss, t.kl, agree))
+
+
+class TokenComparison(NamedTuple):
+    """A model against a baseline, prediction by prediction; arrays `[batch, time - 1]`, the first of token 1.
+
+    Attributes:
+      loss, baseline_loss: negative log-likelihood of the token, nats.
+      kl: KL(baseline ‖ model) of the predicted distributions, nats.
+      top, baseline_top: int32, the most likely token.
+    """
+
+    loss: jax.Array
+    baseline_loss: jax.Array
+    kl: jax.Array
+    top: jax.Array
+    baseline_top: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def by_token(
+    fn: LogitsFunction, baseline_fn: LogitsFunction, params: Any, baseline_params: Any, tokens: jax.Array
+) -> TokenComparison:
+    """What `compare` takes the means of, for tokens `[batch, time]`."""
     new, old = _log_probabilities(fn, params, tokens), _log_probabilities(baseline_fn, baseline_params, tokens)
     possible = old > -jnp.inf  # a vocabulary may be masked
     kl = jnp.sum(jnp.where(possible, jnp.exp(old) * (old - new), 0), -1)
-    agree = (jnp.argmax(new, -1) == jnp.argmax(old, -1)).astype(jnp.float32)
-    return tuple(jnp.sum(jnp.where(scored, m, 0), -1) for m in (_losses(new, tokens), _losses(old, tokens), kl, agree))
+    top, baseline_top = (jnp.argmax(a, -1).astype(jnp.int32) for a in (new, old))
+    return TokenComparison(_losses(new, tokens), _losses(old, tokens), kl, top, baseline_top)

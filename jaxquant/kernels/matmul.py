@@ -41,6 +41,13 @@ def quantized_matmul(
 
     Raises:
       ValueError: there is no such implementation, or it cannot run; the message says why, of this and all others.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant.kernels.matmul import quantized_matmul
+      >>> q = jq.quantize(jnp.array([[127.0], [64.0]]), jq.int8(narrow_range=True))
+      >>> quantized_matmul(jnp.array([[1.0, 2.0]]), q).tolist()
+      [[255.0]]
     """
     codes = adapters.without(q)
     y = IMPLEMENTATIONS[chosen(x, codes, implementation)].matmul(x, codes, preferred_element_type, precision)

@@ -28,6 +28,12 @@ def prepare(params: Any, platform: Platform | None, chip: str | None = None) -> 
 
     Raises:
       ValueError: there is no such platform or chip.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> q = jq.quantize(jnp.linspace(-1, 1, 128).reshape(64, 2), jq.int4(group_size=32))
+      >>> bool((jq.prepare(q, "tpu").codes == q.codes).all())
+      True
     """
     target = None if platform is None else Prepared(platform, chip)
     return jax.tree.map(lambda q: _prepared(q, target) if is_qtensor(q) else q, params, is_leaf=is_qtensor)

@@ -54,6 +54,20 @@ def layer_params(config: DecoderConfig, tensors: Mapping[str, Any], layers: rang
     return _params(config, [entry for entry in _entries(config) if entry.stacked], tensors, layers)
 
 
+def present_in_layer(config: DecoderConfig, tensors: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """Returns those parameters of one layer that are there whole, by their path in a stack, without the layer axis.
+
+    Raises ValueError for one of the wrong shape.
+    """
+    shapes, one = parameter_shapes(config), range(layer, layer + 1)
+    found = {}
+    for entry in _entries(config):
+        if entry.stacked and all(name in tensors for _, name in _named_places(config, entry, one)):
+            stack = _parameter(config, entry, shapes[entry.path], tensors, one)
+            found[entry.path] = jax.tree.map(lambda array: array[0], stack)
+    return found
+
+
 def outer_params(config: DecoderConfig, tensors: Mapping[str, Any], only: str | None = None) -> dict[str, Any]:
     """Returns the parameters outside of the layers, or the subtree `only` of them. Errors as `params_from_tensors`."""
     entries = [entry for entry in _entries(config) if not entry.stacked]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
+from jaxquant.transforms.tracing.interpreter import named_leaves
 
 
 def is_stacked(params: Any) -> bool:
@@ -32,6 +33,19 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     stack = params["layers"]
     count = len(jax.tree.leaves(stack)[0])
     return {**params, "layers": {str(i): jax.tree.map(lambda a, i=i: a[i], stack) for i in range(count)}}
+
+
+def layer_of(params: Any, layer: int) -> dict[str, Any]:
+    """What parameters there are of one layer, by their path in a stack, without the layer axis."""
+    leaves, own = named_leaves(params, is_qtensor), f"layers/{layer}/"
+    if not is_stacked(params):
+        return {path.replace(own, "layers/", 1): leaf for path, leaf in leaves if path.startswith(own)}
+    sizes = {path: jax.tree.leaves(leaf)[0].shape for path, leaf in leaves if path.startswith("layers/")}
+    return {
+        path: jax.tree.map(lambda a: a[layer], leaf)
+        for path, leaf in leaves
+        if sizes.get(path, ()) and layer < sizes[path][0]
+    }
 
 
 def alike(params: Mapping[str, Any]) -> bool:

@@ -55,6 +55,12 @@ def choose_qparams(
     Raises:
       ValueError: the group size does not divide the contracting axes, or the axes are no layout.
       TypeError: x is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> scale, zero_point = jq.choose_qparams(jnp.array([[-3.0], [12.0]]), jq.int4(symmetric=False))
+      >>> scale.tolist(), zero_point.tolist()  # 16 codes from -3 to 12
+      ([[1.0]], [[-5]])
     """
     contract, out = resolve_axes(x, spec, contract, out)
     return _choose(to_canonical(x, contract, out), spec, len(out))
@@ -63,7 +69,14 @@ def choose_qparams(
 def quantize(
     x: jax.Array, spec: QuantSpec, *, contract: Sequence[int] | None = None, out: Sequence[int] | None = None
 ) -> QTensor:
-    """Rounds an array to codes, with scales from its own extremes. Arguments and errors as `choose_qparams`."""
+    """Rounds an array to codes, with scales from its own extremes. Arguments and errors as `choose_qparams`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> q = jq.quantize(jnp.array([[-7.0, 1.4], [3.0, 0.6]]), jq.int4(narrow_range=True))
+      >>> q.codes.tolist(), q.scale.shape  # a weight [in, out], one scale per output
+      ([[-7, 7], [3, 3]], (1, 2))
+    """
     contract, out = resolve_axes(x, spec, contract, out)
     w = to_canonical(x, contract, out)
     scale, zero_point = _choose(w, spec, len(out))
@@ -76,6 +89,12 @@ def dequantize(q: QTensor, dtype=None) -> jax.Array:
     """The weight that the codes stand for, with its own axes, in `dtype` (default: `q.dtype`).
 
     It is computed in at least float32 and rounded once, to the result's dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> q = jq.quantize(jnp.array([[-7.0], [3.2]]), jq.int4(narrow_range=True))
+      >>> jq.dequantize(q).tolist()
+      [[-7.0], [3.0]]
     """
     return from_canonical(dense(q), q.contract, q.out, q.in_shape).astype(dtype or q.dtype)
 
@@ -109,6 +128,14 @@ def fake_quantize(
     Rounding has derivative 1, and so has clamping: the range is that of x itself, so nothing lies further beyond the
     codes than the half step of rounding. The scale is a differentiable function of x. Arguments and errors as
     `choose_qparams`; the result has x's shape and dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> spec, x = jq.int4(narrow_range=True), jnp.array([[-7.0], [3.2]])
+      >>> jq.fake_quantize(x, spec).tolist()
+      [[-7.0], [3.0]]
+      >>> float(jax.grad(lambda x: jq.fake_quantize(x, spec)[1, 0])(x)[1, 0])  # straight through
+      1.0
     """
     contract, out = resolve_axes(x, spec, contract, out)
 

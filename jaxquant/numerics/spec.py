@@ -89,6 +89,12 @@ class QuantSpec:
 
     Raises:
       ValueError: a field is outside its range, or `group_size` and `granularity` contradict each other.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> spec = jq.QuantSpec(bits=3, group_size=64, symmetric=False)
+      >>> spec.granularity, spec.min_code, spec.max_code
+      ('per_group', -4, 3)
     """
 
     bits: int = 8
@@ -168,7 +174,13 @@ def int8(**fields) -> QuantSpec:
 
 
 def int4(**fields) -> QuantSpec:
-    """`QuantSpec(bits=4, **fields)`."""
+    """`QuantSpec(bits=4, **fields)`.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> jq.int4(group_size=128) == jq.QuantSpec(bits=4, group_size=128)
+      True
+    """
     return QuantSpec(bits=4, **fields)
 
 

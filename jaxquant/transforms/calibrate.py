@@ -79,6 +79,15 @@ def calibrate(
     Raises:
       ValueError: no batch, no token with finite inputs, no product with a weight, a recipe that takes nothing, or more
         memory needed than is available.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> def apply(params, x):
+      ...     return x @ params["w"]
+      >>> batches = [jnp.array([[1.0, -2.0], [3.0, 0.5]]), jnp.array([[0.0, 4.0], [1.0, 1.0]])]
+      >>> stats = jq.calibrate(apply, {"w": jnp.ones((2, 3))}, batches)
+      >>> stats.products["w"].inputs.absmax.tolist()
+      [3.0, 4.0]
     """
     masked = ((batch, None if mask is None else jnp.asarray(mask(batch), bool)) for batch in batches)
     return Calibration(fn, recipe).run(params, masked)[0]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.numerics.affine import dequantize
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import compute_dtype
 from jaxquant.transforms.tracing.interpreter import named_leaves
@@ -62,6 +63,61 @@ def fold(params: Any, pairs: Sequence[FoldPair]) -> Any:
         leaves |= _folded(pair, leaves)
     structure = jax.tree.structure(params, is_leaf=is_qtensor)
     return jax.tree.unflatten(structure, list(leaves.values()))
+
+
+def unfolded(params: Mapping[str, Any], original: Mapping[str, Any], pairs: Sequence[FoldPair]) -> dict[str, Any]:
+    """Takes channel scales out of where `fold`, or another program, has moved them, so that weights can be compared.
+
+    They show in the norms, which are kept in floating point, as what these were divided by. Where a norm was divided,
+    linear layers may have been too: by what fits their columns best.
+
+    Args:
+      params: leaves by path, some of them folded.
+      original: the same model before it was quantized, as floats.
+      pairs: the model's. Those of which a source or all readers are missing are passed over.
+
+    Returns:
+      The leaves, where each QTensor has its channel scale, and the columns of its source are what they were.
+    """
+    leaves = dict(params)
+    known = [(pair, next((s for s in pair.sources if s in params and s in original), None)) for pair in pairs]
+    norms = [(pair, source) for pair, source in known if source is not None and not source.endswith("kernel")]
+    if all(jnp.allclose(_divisor(params[s], original[s], p.offset, False), 1, rtol=1e-2) for p, s in norms):
+        return leaves
+    for pair, source in known:
+        width = max(
+            (original[path].shape[-2] for path in pair.readers if path in params and path in original), default=0
+        )
+        if source is None or not width:
+            continue
+        is_kernel = source.endswith("kernel")
+        scale = _divisor(leaves[source], original[source], pair.offset, is_kernel)[..., -width:, None]
+        if is_kernel:
+            leaves[source] = _divided(source, leaves[source], 1 / scale)
+        leaves |= {path: _with_scale(leaves[path], scale) for path in pair.readers if path in leaves}
+    return leaves
+
+
+def _divisor(source: Any, original: jax.Array, offset: float, is_kernel: bool) -> jax.Array:
+    """What the channels of a source were divided by, `[*lead, channels]`."""
+    own = dequantize(source) if is_qtensor(source) else source
+    own, before = (a.astype(compute_dtype(a.dtype)) + offset for a in (own, original))
+    if is_kernel:
+        if is_qtensor(source) and source.channel_scale is not None:  # rows as they were rounded, all as finely
+            own, before = (a * source.channel_scale.astype(a.dtype) for a in (own, before))
+        own, before = jnp.sum(own * own, -2), jnp.sum(own * before, -2)
+    ratio = before / own
+    return jnp.where(jnp.isfinite(ratio) & (ratio > 0), ratio, 1)
+
+
+def _with_scale(reader: Any, scale: jax.Array) -> Any:
+    """A reader of inputs that have been divided by a scale, as one that divides them itself."""
+    if not is_qtensor(reader):
+        return (reader.astype(scale.dtype) / _spread(scale, reader.ndim)).astype(reader.dtype)
+    scale = jnp.broadcast_to(_spread(scale, reader.scale.ndim), (*reader.scale.shape[:-2], *scale.shape[-2:]))
+    if reader.channel_scale is not None:
+        scale = scale * reader.channel_scale
+    return dataclasses.replace(reader, channel_scale=scale.astype(reader.scale.dtype))
 
 
 def _folded(pair: FoldPair, leaves: Mapping[str, Any]) -> dict[str, Any]:

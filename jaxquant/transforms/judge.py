@@ -64,7 +64,7 @@ def solve_one(
     q, nearest = (with_static_qparams(a, inputs) for a in (q, nearest))
     x = inputs.held_out
     scale = energy(product(x, w))
-    errors = [_error(w, a, x) for a in (q, nearest)]
+    errors = [weight_error(w, a, x) for a in (q, nearest)]
     judged = jnp.any(x != 0)
     errors = [jnp.where(e > 0, e / scale, e) for e in errors]  # a weight of zeros has none
     error, rtn_error = (jnp.where(judged, e, jnp.nan) for e in errors)
@@ -81,7 +81,8 @@ def solve_one(
     return q, facts | {f"info/{k}": v for k, v in info.items()}
 
 
-def _error(w: jax.Array, q: QTensor, x: jax.Array) -> jax.Array:
+def weight_error(w: jax.Array, q: QTensor, x: jax.Array) -> jax.Array:
+    """‖x̂Ŵ - xW‖² as `output_error` has it, also of a weight that keeps outliers; arguments as there."""
     if q.outlier_weight is None:
         return output_error(w, q, x)
     rows = q.outlier_weight.astype(x.dtype)

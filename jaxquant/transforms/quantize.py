@@ -55,6 +55,13 @@ def quantize_params(
       ValueError: a weight with entries that are not finite, a group size that does not divide the inputs, a method
         without the statistics it needs, a rule that takes nothing, or more memory needed than is available. Nothing is
         computed before all of it is checked.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> params = {"w": jnp.linspace(-1, 1, 128).reshape(64, 2), "bias": jnp.zeros(2)}
+      >>> qparams, report = jq.quantize_params(params, None, jq.RTN(jq.int4(group_size=32)))
+      >>> qparams["w"].bits_per_weight, report.unchanged  # 4 bits, and a float32 scale for 32 of them
+      (5.0, ('bias',))
     """
     twins = meshes.automatic_twins(params)
     with meshes.set_one(twins):

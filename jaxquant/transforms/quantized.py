@@ -35,6 +35,14 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
         is summed over other axes than those it was quantized along (as `jax.grad` inside `fn` does). The message names
         the primitive and the parameter's path. Also where an input that is no array cannot be hashed, and where a
         derivative goes through a function with a derivative rule of its own that takes a quantized weight.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> def apply(params, x):
+      ...     return x @ params["w"]
+      >>> qparams = {"w": jq.quantize(jnp.array([[127.0], [64.0]]), jq.int8(narrow_range=True))}
+      >>> jq.quantized(apply)(qparams, jnp.array([[1.0, 2.0]])).tolist()
+      [[255.0]]
     """
     compiled = (_compiled_once if is_hashable(fn) else _compiled)(fn, allow_dense)
 

@@ -54,6 +54,17 @@ def fake_quantized(
       ValueError: the recipe is none; and when called, a rule takes nothing, or a config cannot be trained.
       TypeError: (when called) a weight that is taken enters an operation that is no known product, lookup or renaming.
         The message names the primitive and the parameter's path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> def apply(params, x):
+      ...     return x @ params["w"]
+      >>> params, x = {"w": jnp.array([[-7.0], [3.2]])}, jnp.array([[1.0, 2.0]])
+      >>> fn = jq.fake_quantized(apply, jq.RTN(jq.int4(narrow_range=True)))
+      >>> fn(params, x).tolist()  # of the weights -7 and 3
+      [[-1.0]]
+      >>> float(jax.grad(lambda params: fn(params, x).sum())(params)["w"][1, 0])
+      2.0
     """
     rules = rules_of(recipe)
     frozen = tuple(tuple(rule) for rule in rules) if isinstance(recipe, list | tuple) else recipe

@@ -1,0 +1,118 @@
+"""The report as one HTML file, which needs no other and runs no script.
+
+What it shows comes from files that may be hostile: names of directories, tokens, messages about them. The template
+escapes all of it, letters that are not to be seen are spelled out, and the page's content security policy forbids
+scripts and everything that would have to be fetched.
+"""
+
+import contextlib
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from jaxquant.checkpoints.directory import sync
+from jaxquant.reporting import figures
+from jaxquant.reporting.collect import Findings
+
+_SPACE = {"\n", "\t"}
+
+
+def write(findings: Findings, path: str | os.PathLike) -> None:
+    """Writes the report into a file, which has all of it or is what it was before.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    target = check_writable(path)
+    made, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    partial = Path(name)
+    try:
+        with open(made, "w", encoding="utf-8", newline="\n") as file:
+            file.write(render(findings))
+        partial.chmod(0o666 & ~_umask())  # mkstemp's are for their owner alone
+        sync(partial)
+        os.replace(partial, target)
+        sync(target.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
+            partial.unlink()
+
+
+def check_writable(path: str | os.PathLike) -> Path:
+    """The path of a file that can be written, made absolute; OSError, before the work, where it cannot."""
+    target = Path(os.path.abspath(os.path.expanduser(path)))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory; give the name of a file, such as report.html")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"cannot write into {target.parent}: no permission")
+    return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def render(findings: Findings) -> str:
+    """The page."""
+    rows = findings.all_rows
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            f=findings,
+            rows=rows,
+            bars=figures.size_bars(rows),
+            scatter=figures.perplexity_plot(rows),
+            maps=figures.heat_maps(rows, findings.num_layers),
+            ranges=figures.range_plots(findings.ranges, findings.num_layers),
+            hottest=figures.hottest(rows),
+            figures=figures,
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxquant.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "heat": _heat, "number": _number}
+    return environment
+
+
+def _visible(value: Any) -> Any:
+    """A value as it is shown: of a text, letters that cannot be printed as "\\x00" or "\\u202e"."""
+    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
+        return value
+    return "".join(c if c.isprintable() or c in _SPACE else c.encode("unicode_escape").decode() for c in value)
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number in a format, or a dash where there is none."""
+    if value == math.inf:
+        return "∞"
+    return "–" if value is None or math.isnan(value) else format(value, form)
+
+
+def _percent(value: float) -> str:
+    """A share in percent, with two digits, without an exponent."""
+    text = f"{100 * value:.2g}"
+    return f"{float(text):.8f}".rstrip("0").rstrip(".") if "e" in text else text
+
+
+def _heat(kl: float | None, hottest: float) -> str:
+    """How hot the background of a token is, in percent of the full colour; small divergences show, too."""
+    return "0" if kl is None else f"{100 * math.sqrt(min(1.0, max(kl, 0.0) / hottest)):.0f}"
