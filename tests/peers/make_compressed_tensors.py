@@ -1,6 +1,6 @@
 """Makes tests/data/compressed_tensors_group: a tiny Llama that compressed-tensors packed with `actorder="group"`.
 
-    pip install compressed-tensors==0.14.0.1 transformers torch && python tests/peers/compressed_tensors_group.py
+    pip install compressed-tensors==0.14.0.1 transformers torch && python tests/peers/make_compressed_tensors.py
 
 That release still has the order, and the layout of 3-bit codes before 0.18. `expected.safetensors` holds the weights
 `[out, in]` that it makes of its own files.
