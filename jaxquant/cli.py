@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxquant import commands
 from jaxquant.evaluation.task_metrics import METRICS
+from jaxquant.kernels.tune import SHAPES, TOKENS, WEIGHTS
 from jaxquant.numerics.scale_search import Clip
 from jaxquant.parts import FORMATS
 from jaxquant.transforms.stream import Predecessors
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(subparsers)
     _add_generate(subparsers)
     _add_report(subparsers)
+    _add_tune(subparsers)
     return parser
 
 
@@ -176,3 +178,28 @@ def _add_inspect(subparsers) -> None:
     what = "list the parameters of a checkpoint: sizes, codes, histograms"
     parser = _add(subparsers, "inspect", commands.inspect, what)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def _add_tune(subparsers) -> None:
+    what = "time how kernels could be cut, on this machine's TPU or GPU, for `prepare(..., tiles=FILE)`"
+    parser = _add(subparsers, "tune", commands.tune, what)
+    parser.add_argument("--out", default="jaxquant-tiles.json", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="KxN",
+                        help="inputs and outputs of weights (default: those of a model with 8 billion)")  # fmt: skip
+    parser.add_argument("--tokens", type=_count, nargs="+", default=TOKENS, metavar="M",
+                        help=f"rows of inputs (default: {' '.join(map(str, TOKENS))})")  # fmt: skip
+    parser.add_argument("--weights", choices=WEIGHTS, nargs="+", default=("w4g128", "w8"),
+                        help="bits of weights, groups, bits of inputs (default: w4g128 w8)")  # fmt: skip
+
+
+def _shape(text: str) -> tuple[int, int]:
+    k, cross, n = text.partition("x")
+    if not (cross and k.isdecimal() and n.isdecimal() and int(k) and int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write for example 4096x14336")
+    return int(k), int(n)
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write for example 16")
+    return int(text)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from jaxquant import inspection, workflows, writing
 from jaxquant.checkpoints.formats import FOREIGN
+from jaxquant.kernels import tune as tuning
 from jaxquant.methods.awq import AWQ
 from jaxquant.methods.chain import Chain
 from jaxquant.methods.gptq import GPTQ
@@ -196,6 +198,20 @@ def inspect(args: Namespace) -> None:
         above = modules
         table.add_row("  " * len(modules) + name, *_cells(leaf))
     Console(width=max(Console().width, 110)).print(table)  # a narrower table would be all folds
+
+
+def tune(args: Namespace) -> None:
+    """Runs `jaxquant tune`. Errors as the library's."""
+    chip = tuning.chip_of(jax.devices()[0])
+    with _progress() as progress:
+        found, failed = tuning.tune(chip, args.shapes, args.tokens, args.weights, progress=progress)
+    about = {"jax": jax.__version__, "failed": failed}
+    found.write(Path(args.out), about)
+    if args.json:
+        return _print_json({"out": args.out, "chip": chip, "rows": len(found.rows), **about})
+    for line in failed:
+        print("passed over:", line)
+    print(f"written: {args.out} (tiles of {len(found.rows)} products on {chip}, {len(failed)} candidates passed over)")
 
 
 def _cells(leaf: inspection.Leaf) -> tuple[str, ...]:

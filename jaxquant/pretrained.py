@@ -45,7 +45,8 @@ def load_pretrained(
       name: a local directory, a hub id ("owner/model"), or "tinylm", the model in the package. Read are float
         checkpoints in safetensors, what `save` writes in any format, and quantized weights from elsewhere: GPTQ, AWQ
         (gemm), compressed-tensors' `pack-quantized` and `int-quantized`, bitsandbytes' LLM.int8().
-      dtype: of the computation; None takes that of the largest parameter.
+      dtype: of the computation alone, to which the model casts parameters where it uses them; None takes that of the
+        largest parameter. To train them in it, cast them: `jax.tree.map(lambda a: a.astype(dtype), params)`.
       stacked: whether the layers are stacked, so that a scan runs over them ("layers/mlp/up_proj/kernel" is
         `[layers, in, out]`), or each has parameters of its own ("layers/0/mlp/up_proj/kernel") and may be quantized in
         its own way. None stacks them unless they are quantized differently.
@@ -60,7 +61,7 @@ def load_pretrained(
 
     Returns:
       `(model, params)`: `model.apply(params, tokens)` gives logits `[batch, time, vocab]`. Parameters have the dtype
-      that they are stored in, quantized ones are QTensors.
+      that they are stored in, whatever `dtype` is, so that they can be saved as they were; quantized ones are QTensors.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or one of its files is missing.

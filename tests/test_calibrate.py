@@ -112,6 +112,38 @@ def test_a_mask_reaches_flattened_tokens_layers_in_a_scan_and_experts():
     assert stats.notes == ()
 
 
+def test_a_mask_reaches_experts_that_tokens_are_sorted_for():
+    x, real = stream(), np.arange(10) < np.arange(1, 25)[:, None] % 11
+    x[~real] *= 1e3  # would show in every statistic
+    params = {"gate": normal(16, 3), "up": normal(2, 3, 16, 8), "down": normal(2, 3, 8, 16)}
+
+    def routed(params, rows):
+        _, chosen = lax.top_k(rows @ params["gate"], 2)
+        order = jnp.argsort(chosen.reshape(-1))
+        return order, jnp.bincount(chosen.reshape(-1), length=3).astype(jnp.int32)
+
+    @jax.jit
+    def fn(params, x):
+        def layer(x, w):
+            order, sizes = routed(params, x)
+            inner = jax.nn.silu(lax.ragged_dot(x[order // 2], w["up"], sizes))
+            given = lax.ragged_dot(inner, w["down"], sizes)[jnp.argsort(order)]
+            return jnp.tanh(x + given.reshape(-1, 2, 16).sum(1)), None
+
+        return lax.scan(layer, x.reshape(-1, 16), {k: params[k] for k in ("up", "down")})[0]
+
+    stats = calibrate(fn, params, [x], mask=lambda _: real)
+    assert stats.notes == ()
+    order, sizes = map(np.asarray, routed(params, jnp.asarray(x.reshape(-1, 16))))
+    rows = x.reshape(-1, 16)[order // 2]
+    inner = np.asarray(jax.nn.silu(lax.ragged_dot(jnp.asarray(rows), params["up"][0], jnp.asarray(sizes))))
+    keep, expert = real.reshape(-1)[order // 2], np.repeat(np.arange(3), sizes)
+    for path, inputs in (("up", rows), ("down", inner)):
+        first = jax.tree.map(lambda a: a[0], stats.products[path].inputs)
+        leads = {(e,): (inputs[keep & (expert == e)], np.flatnonzero(keep & (expert == e))) for e in range(3)}
+        check(first, leads, (3,), inputs.shape[1])
+
+
 def test_a_mask_that_does_not_fit_is_noted_and_all_rows_count():
     def fn(params, x):
         pooled = jnp.mean(x, 1)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from damaged import damage
 from safetensors.numpy import load_file
+from small_models import in_order_of_groups
 
 from jaxquant.checkpoints import pack_quantized
 from jaxquant.checkpoints.compressed_tensors import CompressedTensors, write_compressed_tensors
-from jaxquant.checkpoints.compressed_tensors_config import describe, find_spec, read_groups
+from jaxquant.checkpoints.compressed_tensors_config import describe, find_group, read_groups
 from jaxquant.checkpoints.pack_quantized import pack, unpack
 from jaxquant.checkpoints.tensors import same_bits
 from jaxquant.numerics.affine import dequantize, quantize
@@ -193,6 +194,7 @@ def test_one_spec_is_the_group_of_all_linears():
 
 
 CHANNEL, THREE = QuantSpec(bits=4), QuantSpec(bits=3, group_size=32)
+EMBEDDING = weight(THREE, (10, 64), contract=(-1,), out=(-2,))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_several_specs_are_groups_that_upstream_understands(specs, targets):
     for module, spec in specs.items():
         named = [g for g in upstream.config_groups.values() if any(match.match_name(module, t) for t in g.targets)]
         assert [(g.weights.num_bits, g.weights.group_size) for g in named] == [(spec.bits, spec.group_size)]
-        assert find_spec(module, "Linear", groups) == spec
+        assert find_group(module, "Linear", groups).spec == spec
 
 
 def test_reading_prefers_a_name_to_a_pattern_and_both_to_the_class():
@@ -228,7 +230,7 @@ def test_reading_prefers_a_name_to_a_pattern_and_both_to_the_class():
 
     config = {"config_groups": {"a": group(2, "Linear"), "b": group(3, r"re:.*\.down"), "c": group(4, "x.down")}}
     groups = read_groups(config)
-    assert [find_spec(module, "Linear", groups).bits for module in ("x.down", "y.down", "y.up")] == [4, 3, 2]
+    assert [find_group(m, "Linear", groups).spec.bits for m in ("x.down", "y.down", "y.up")] == [4, 3, 2]
 
 
 def bfloat16_scales(q, **fields):
@@ -312,11 +314,11 @@ def test_damaged_tensors_are_one_clear_error(tmp_path, arrays, message):
 
 
 def test_a_checkpoint_of_an_old_release_is_read(tmp_path):
-    q = weight(THREE)
+    q = weight(dataclasses.replace(THREE, symmetric=False), (64, 32))
     config = write(tmp_path, {UP: q})
-    old = layout_before_0_18(np.asarray(q.codes), 3)
-    assert old.shape == (8, 7)  # ten codes in a word: 64 take 7, where the dense layout takes 6
-    damage(tmp_path, LINEARS[0], weight_packed=old)
+    old, zeros = (layout_before_0_18(np.asarray(a), 3) for a in (q.codes, q.zero_point.T))
+    assert old.shape == (32, 7)  # ten codes in a word: 64 take 7, where the dense layout takes 6
+    damage(tmp_path, LINEARS[0], weight_packed=old, weight_zero_point=np.ascontiguousarray(zeros.T))
     assert same_leaves(CompressedTensors(tmp_path, config["quantization_config"], CLASSES)[UP], q)
 
 
@@ -351,6 +353,9 @@ def edit(path, value):
     return change
 
 
+CODES = {"num_bits": 4, "strategy": "channel"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -379,13 +384,71 @@ def edit(path, value):
         (edit("....weights.group_size", -3), "group_0: group_size=-3 must be a positive whole number"),
         (edit("....weights.num_bits", 1), "group_0: bits=1 is not supported"),
         (edit("....weights.num_bits", 8), "does not fit QuantSpec"),
-        (edit("....weights.actorder", "group"), "actorder='group' is not supported"),
+        (edit("....weights.actorder", "group"), "q_proj.weight_g_idx is missing, but the"),
+        (edit("....weights.actorder", "sideways"), "weights: actorder='sideways' is not supported"),
+        (edit("....weights", {**CODES, "actorder": "group"}), "actorder='group' with strategy='channel' is not"),
     ],
 )
 def test_a_configuration_that_is_not_understood_is_one_clear_error(tmp_path, change, message):
     config = write(tmp_path, model_tensors(q0=INT4))["quantization_config"]
     change(config)
     with pytest.raises(ValueError, match=message):
+        CompressedTensors(tmp_path, config, CLASSES)
+
+
+IN_ORDER = np.arange(64, dtype=np.int32) // 32
+
+
+@pytest.mark.parametrize("word", ["group", "dynamic", True])
+def test_groups_of_inputs_from_everywhere_are_read(tmp_path, word):
+    q = weight(INT4)
+    config = write(tmp_path, {UP: q, LINEARS[1] + ".weight": q, LINEARS[2] + ".weight": weight(INT8)})
+    index = np.random.default_rng(0).permutation(IN_ORDER)
+    damage(tmp_path, LINEARS[0], weight_g_idx=index)
+    damage(tmp_path, LINEARS[1], weight_g_idx=np.full(64, -1, np.int32))  # where no order was found
+    edit("....weights.actorder", word)(config["quantization_config"])
+    read = CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
+    w, scale = np.zeros((64, 8), np.float32), np.asarray(q.scale)
+    for i, group in enumerate(index):
+        w[i] = np.asarray(q.codes)[i] * scale[group]
+    np.testing.assert_array_equal(dequantize(read[UP]), w)
+    np.testing.assert_array_equal(dequantize(read[LINEARS[1] + ".weight"]), dequantize(q))
+    assert jax.tree.structure(read[UP]) == jax.tree.structure(read[LINEARS[1] + ".weight"])  # they can be stacked
+    assert read[LINEARS[2] + ".weight"].input_order is None
+
+
+def test_the_order_of_groups_is_said_where_there_are_groups(tmp_path):
+    q = in_order_of_groups(weight(INT4))
+    config = write(tmp_path, {UP: q, LINEARS[2] + ".weight": weight(INT8), "model.embed.weight": EMBEDDING})
+    groups = config["quantization_config"]["config_groups"].values()
+    assert {g["weights"]["num_bits"]: g["weights"].get("actorder") for g in groups} == {4: "group", 8: None, 3: "group"}
+    read = CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
+    assert same_leaves(read[UP], q)
+    np.testing.assert_array_equal(dequantize(read["model.embed.weight"]), dequantize(EMBEDDING))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"weight_g_idx": None}, "q_proj.weight_g_idx is missing, but the"),
+        ({"weight_g_idx": IN_ORDER[1:]}, r"weight_g_idx is int32\[63\], which does not fit .* expected int32\[64\]"),
+        ({"weight_g_idx": IN_ORDER.astype(np.int64)}, r"weight_g_idx is int64\[64\], which does not fit"),
+        ({"weight_g_idx": IN_ORDER * 0}, "q_proj.weight_g_idx does not give each of 2 groups as many inputs"),
+        ({"weight_g_idx": IN_ORDER - 1}, "q_proj.weight_g_idx does not give each of 2 groups as many inputs"),
+        ({"weight_g_idx": IN_ORDER * 2}, "q_proj.weight_g_idx does not give each of 2 groups as many inputs"),
+    ],
+)
+def test_a_damaged_order_is_one_clear_error(tmp_path, arrays, message):
+    config = write(tmp_path, {UP: in_order_of_groups(weight(INT4))})
+    damage(tmp_path, LINEARS[0], **arrays)
+    with pytest.raises(ValueError, match=message):
+        CompressedTensors(tmp_path, config["quantization_config"], CLASSES)
+
+
+def test_an_order_that_the_configuration_does_not_name_is_an_error(tmp_path):
+    config = write(tmp_path, {UP: in_order_of_groups(weight(INT4))})["quantization_config"]
+    edit("....weights.actorder", "static")(config)
+    with pytest.raises(ValueError, match="weight_g_idx is not supported beside pack-quantized"):
         CompressedTensors(tmp_path, config, CLASSES)
 
 
@@ -400,4 +463,6 @@ def test_what_other_writers_add_is_understood(tmp_path):
         "scale_dtype": None,
         "zp_dtype": None,
     }
-    assert CompressedTensors(tmp_path, config, CLASSES).specs == {UP: INT4}
+    for word in ("weight", "static", False, None):
+        config["config_groups"]["group_0"]["weights"]["actorder"] = word
+        assert CompressedTensors(tmp_path, config, CLASSES).specs == {UP: INT4}

@@ -720,13 +720,15 @@ def test_gpt2_is_read_as_the_hub_has_it(tmp_path):
 
 
 def test_experts_without_tokens_are_rounded_and_reported():
-    """Two tokens, of which each chooses one of four experts."""
+    """Two tokens beside padding, of which each chooses one of four experts."""
     variant = "qwen3_moe_window"
     family, changes, _ = VARIANTS[variant]
     model = Model.from_hf(hf_config_of(family, changes))
     params = params_from_tensors(model.config, tensors_of(variant))
     rules = [("layers/mlp/experts/(up|gate)_proj/kernel", jq.GPTQ(jq.int4(group_size=32)))]
-    stats = jq.calibrate(model.apply, params, [TOKENS[:1, :2]], recipe=rules)
+    mask = lambda tokens: np.arange(5)[None] < 2  # noqa: E731
+    stats = jq.calibrate(model.apply, params, [TOKENS[:1, :5]], recipe=rules, mask=mask)
+    assert stats.notes == ()
     products = {path.split("/")[3]: product.inputs for path, product in stats.products.items()}
     assert products["up_proj"] is products["gate_proj"]
     assert products["up_proj"].gram.shape == (1, 4, 64, 64)

@@ -169,6 +169,21 @@ def test_scaled_weights_are_written_for_other_readers(variant, config, tmp_path)
             assert np.abs(found - want).mean() < 0.05 * np.abs(want).mean()
 
 
+def test_scaled_experts_are_written_in_autoawqs_format(tmp_path):
+    model, params = model_of("qwen3_moe")
+    stats = jq.calibrate(model.apply, params, [TOKENS])
+    config = jq.AWQ(jq.int4(group_size=32, symmetric=False, scale_dtype="float16"), grid=3)
+    qparams, report = jq.quantize_params(params, stats, model.recipe(config, foldable=True))
+    methods = {row.path.split("/")[-2]: row.method for row in report.layers if "experts" in row.path}
+    assert methods == {"gate_proj": "RTN", "up_proj": "RTN", "down_proj": "AWQ"}  # a norm is read by all experts
+    jq.save(tmp_path / "out", model, qparams, format="awq")
+    want = model.apply(qparams, TOKENS)
+    ours, read = jq.load_pretrained(tmp_path / "out")
+    assert all(q.channel_scale is None for q in jax.tree.leaves(read, is_leaf=is_qtensor) if is_qtensor(q))
+    found = ours.apply(read, TOKENS)  # scales that were divided are rounded to float16 again
+    assert np.abs(found - want).max() < 1e-3 * np.abs(want).max()
+
+
 def test_a_scale_without_a_place_is_refused(tmp_path):
     model, params = model_of("qwen2")
     stats = jq.calibrate(model.apply, params, [TOKENS])

@@ -68,6 +68,33 @@ def test_greedy_tokens_are_those_of_transformers():
     assert len(set(map(tuple, wanted))) == len(wanted)
 
 
+def test_sequences_that_outgrow_their_rotation_are_as_in_transformers(tmp_path):
+    """LongRoPE: from the 21st token on, all positions are rotated otherwise, those of the prompt too."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [4.0, 6.0, 8.0, 10.0]}
+    config = Phi3Config(
+        **{key: SMALL[key] for key in SMALL if key.startswith(("vocab", "hidden", "inter", "num"))},
+        max_position_embeddings=100, original_max_position_embeddings=20, initializer_range=0.3, pad_token_id=0,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors}, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    theirs = Phi3ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    prompts = [rng.integers(5, 97, n).tolist() for n in (12, 30, 2, 20)]
+    with torch.no_grad():
+        wanted = [
+            theirs.generate(torch.tensor([p]), max_new_tokens=16, do_sample=False)[0, len(p) :].tolist()
+            for p in prompts
+        ]
+    model, params = jq.load_pretrained(tmp_path)
+    assert generate(model, params, prompts, max_new_tokens=16) == wanted
+    seen = []
+    generate(model, params, prompts, max_new_tokens=16, on_tokens=lambda new: seen.append(new.tolist()))
+    assert [list(row) for row in zip(*seen, strict=True)] == wanted
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_windows_and_long_texts(stacked):
     model, params = small(stacked)

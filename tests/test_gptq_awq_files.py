@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from small_models import OPT, in_order_of_groups, quantized, random_model, random_qtensor
 
 import jaxquant as jq
-from jaxquant.checkpoints import awq, gptq
+from jaxquant.checkpoints import awq, gptq, group_index
 from jaxquant.checkpoints.gptq_config import V1, V2, read_config
 from jaxquant.checkpoints.tensors import same_bits
 from jaxquant.models.config import FAMILIES
@@ -64,7 +64,7 @@ def test_golden_gptq_files_both_ways(name):
         "g_idx": np.arange(vectors["in_features"], dtype=np.int32) // vectors["group_size"],
     }
     spec = jq.QuantSpec(vectors["bits"], vectors["group_size"], symmetric=vectors["sym"])
-    q = gptq.unpack(arrays, spec, V1, None, "float16")
+    q = gptq.unpack(arrays, spec, V1, "float16")
     q.validate()
     np.testing.assert_array_equal(q.unsigned_codes, np.array(vectors["codes_out_by_in"]).T)
     np.testing.assert_array_equal(q.unsigned_zero_point, np.array(vectors["zeros_out_by_group"]).T)
@@ -83,8 +83,8 @@ def test_gptq_arrays_hold_the_weight_and_come_back(bits, version, group_size, sy
     assert {part: arrays[part].shape for part in shapes} == shapes
     w = decoders.gptq(arrays, bits, 1 if version == V1 else 2)
     np.testing.assert_array_equal(float32(q).T, np.float32(w))
-    order = np.asarray(q.input_order)[:, 0] if reordered else None
-    same_params(gptq.unpack(arrays, q.spec, version, order, "float16"), q)
+    again = gptq.unpack(arrays, q.spec, version, "float16")
+    same_params(group_index.in_order_of_groups(again, arrays["g_idx"]) if reordered else again, q)
 
 
 # AWQ
@@ -186,9 +186,25 @@ def test_act_order_is_read_and_computed_with_exactly(tmp_path):
     assert np.abs(model.apply(unordered, TOKENS) - logits).max() > 1e-2 * np.abs(logits).max()
     jq.save(tmp_path / "native", model, read)  # keeps the order too
     same_params(jq.load_pretrained(tmp_path / "native")[1], read)
-    for format in ("awq", "compressed-tensors"):
-        with pytest.raises(ValueError, match="its codes are not in the order of the inputs; use format='gptq'"):
-            jq.save(tmp_path / format, model, read, format=format)
+    jq.save(tmp_path / "group", model, read, format="compressed-tensors")
+    grouped = jax.tree.leaves(jq.load_pretrained(tmp_path / "group")[1])  # its scales have the model's dtype
+    assert all(np.array_equal(*pair) for pair in zip(grouped, jax.tree.leaves(read), strict=True))
+    with pytest.raises(ValueError, match="its codes are not in the order of the inputs; use format='gptq'"):
+        jq.save(tmp_path / "awq", model, read, format="awq")
+
+
+def test_an_order_that_no_file_has_is_written_for_what_it_means(tmp_path):
+    """Inputs of one group in another order than their own, and an order of inputs that share one scale anyway."""
+    for i, spec in enumerate((INT4, SPECS["gptq, 8 bits per channel"])):
+        model, params = random_model(spec)
+        order = jnp.asarray(np.random.default_rng(0).permutation(64).astype(np.int32))[None, :, None]
+        q = params["layers"]["mlp"]["up_proj"]["kernel"]
+        q = dataclasses.replace(q, input_order=jnp.concatenate([order] * 2))
+        params["layers"]["mlp"]["up_proj"]["kernel"] = q
+        for format in ("gptq", "compressed-tensors"):
+            jq.save(tmp_path / f"{format}{i}", model, params, format=format)
+            _, read = jq.load_pretrained(tmp_path / f"{format}{i}")
+            assert same_bits(float32(read["layers"]["mlp"]["up_proj"]["kernel"]), float32(q))
 
 
 def test_several_specs_and_what_is_left_alone_are_rules(tmp_path):

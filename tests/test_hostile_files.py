@@ -1,10 +1,11 @@
 """Checkpoints from anywhere: whatever is in them, they load or are one clear error, and nothing else happens.
 
-`JAXQUANT_FUZZ=10000 pytest tests/test_hostile_files.py` damages that many files; some hundreds are the default.
+`JAXQUANT_FUZZ=10000 pytest tests/test_hostile_files.py` damages as many files; by default it is some hundreds.
 """
 
 import contextlib
 import copy
+import gc
 import json
 import math
 import os
@@ -20,9 +21,9 @@ from small_models import random_model
 
 import jaxquant as jq
 
-CASES = int(os.environ.get("JAXQUANT_FUZZ", "320"))
+CASES = int(os.environ.get("JAXQUANT_FUZZ", "290"))
 ROOM = 3 * 2**30  # bytes of address space that reading may take
-SLOWEST = 20  # seconds that reading a few kilobytes may take on a busy machine
+SLOWEST = 20  # CPU seconds that reading a few kilobytes may take
 SMALL = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 8}  # fmt: skip
 LLM_INT8 = jq.LLMInt8(6.0, jq.int8(narrow_range=True), outliers=0).spec
@@ -37,6 +38,7 @@ FORMATS = {  # format, and codes
     "bitsandbytes": ("bitsandbytes", LLM_INT8),
     "orbax": ("orbax", jq.QuantSpec(3, 16, symmetric=False)),
 }
+EFFORT = {name: 0.25 if name == "orbax" else 1 for name in FORMATS}  # its readers take longer
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +202,13 @@ def expect_one_line(told):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves coroutines behind
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_files_are_read_or_one_clear_error(checkpoints, tmp_path, name):
-    read, seeds = 0, range(math.ceil(CASES / len(FORMATS) / (4 if name == "orbax" else 1)))  # which takes longer
+    read, seeds = 0, range(math.ceil(CASES * EFFORT[name] / sum(EFFORT.values())))
     before = sorted(os.listdir(checkpoints)), os.getcwd(), sorted(os.listdir("."))
     for seed in seeds:
         rng = random.Random(f"{name} {seed}")
         shutil.copytree(checkpoints / name, tmp_path / "x")
         what = f"seed {seed}: {damage(rng, tmp_path / 'x')}"
-        start = time.monotonic()
+        start = time.process_time()
         try:
             with little_memory():
                 told = complaint(tmp_path / "x")
@@ -214,13 +216,14 @@ def test_damaged_files_are_read_or_one_clear_error(checkpoints, tmp_path, name):
                 read += 1
             else:
                 expect_one_line(told)
-            assert time.monotonic() - start < SLOWEST
+            assert time.process_time() - start < SLOWEST
         except BaseException as error:
             raise AssertionError(f"{what}: {type(error).__name__}: {error}"[:2000]) from error
         assert os.listdir(tmp_path) == ["x"], what
         shutil.rmtree(tmp_path / "x")
     assert before == (sorted(os.listdir(checkpoints)), os.getcwd(), sorted(os.listdir(".")))
     assert read < len(seeds)  # the damage is noticed
+    gc.collect()  # what was left behind complains here, where it is expected, and not when the tests end
 
 
 def test_pickles_are_never_opened(checkpoints, tmp_path):

@@ -85,7 +85,9 @@ def test_float_parameters_keep_their_dtype(checkpoints, dtype):
     model, params = jq.load_pretrained(checkpoints(dtype=dtype))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
     assert model.dtype == dtype
-    assert jq.load_pretrained(checkpoints(dtype=dtype), dtype="float32")[0].dtype == "float32"
+    model, again = jq.load_pretrained(checkpoints(dtype=dtype), dtype="float32")
+    assert model.dtype == "float32"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(again)} == {dtype}
     assert params["layers"]["mlp"]["up_proj"]["kernel"].shape == (2, 64, 128)
 
 

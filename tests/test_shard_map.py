@@ -1,5 +1,7 @@
 """Models inside `shard_map`: weights, tokens and experts split over eight devices, the same as on one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from meshes import (
     same_statistics,
 )
 
+from jaxquant.methods.llm_int8 import LLMInt8
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.spec import int4
 from jaxquant.transforms.calibrate import calibrate
@@ -216,6 +219,17 @@ def test_loops_and_conditionals_inside_shards():
     assert n + held == 3 * 64
     qparams = quantize_all(params, int4(group_size=8))
     assert_same(quantized(fn)(qparams, x), fn(dense_of(qparams), x))
+
+
+def test_float_rows_of_outliers_go_where_their_input_channels_are():
+    x = normal(40, 32).at[:, jnp.array([1, 13, 14, 29])].multiply(40.0)
+    q, _ = LLMInt8(outliers=4).quantize(
+        normal(32, 16), calibrate(lambda w, x: x @ w, normal(32, 16), [x]).products[""].inputs
+    )
+    q = dataclasses.replace(q, outlier_weight=-3 * q.outlier_weight)  # nothing else has them
+    fn = mapped(lambda x, w: lax.psum(x @ w, "model"), mesh_of(), (P(None, "model"), P("model")), P())
+    got, want = quantized(lambda w, x: fn(x, w))(q, x), x @ dequantize(q)
+    np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ With groups of g inputs and G = K / g of them, a Linear `[out, in]` = (N, K) sto
 where the eight codes of a word, from its lowest four bits up, are those of the outputs 0, 2, 4, 6, 1, 3, 5, 7.
 
 Sources: AutoAWQ, awq/modules/linear/gemm.py, awq/utils/packing_utils.py and awq/models/_config.py; vLLM,
-layers/quantization/awq.py; transformers' AwqConfig.
+layers/quantization/awq.py; transformers' AwqConfig; GPTQModel 7.7, whose files are read too.
 
 Readers expect zero points. A symmetric weight is written with those of a symmetric one, and read back with them.
 """
@@ -54,9 +54,16 @@ _TOP: Understood = {
     "q_group_size": None,
     "zero_point": (True, False),
     "version": ("gemm", "GEMM"),
+    "method": (METHOD,),  # from here on, words of GPTQModel
+    "format": ("gemm",),
+    "checkpoint_format": ("gemm",),
+    "pack_dtype": ("int32",),
+    "desc_act": (False,),
+    "lm_head": (True, False),  # the tensors tell which modules are quantized
+    "dynamic": (None, {}),
     "modules_to_not_convert": None,  # the tensors tell which modules are quantized
-    **dict.fromkeys(  # how others compute with the codes
-        ("backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config", "quant_path")
+    **dict.fromkeys(  # how others compute with the codes, or found them
+        ("backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config", "quant_path", "meta")
     ),
 }
 

@@ -3,6 +3,9 @@
 The arrays of each weight are described in `pack_quantized` and, where the inputs of a weight are rounded too, in
 `int_quantized`; `quantization_config` in config.json says which modules have which bits and groups.
 
+Where `actorder` is "group", a `weight_g_idx`, int32 [K], is beside them: the group of each input, in whose order the
+codes lie; -1 throughout stands for groups in the order of the inputs.
+
 Only what the format can say is written: codes in the full range, one matrix per Linear or Embedding, scales that the
 dtype of the model has (readers cast them to it).
 """
@@ -16,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.checkpoints import int_quantized, pack_quantized
-from jaxquant.checkpoints.compressed_tensors_config import check_spec, describe, find_spec, format_of, read_groups
+from jaxquant.checkpoints.compressed_tensors_config import (
+    Group,
+    check_spec,
+    describe,
+    find_group,
+    format_of,
+    read_groups,
+)
+from jaxquant.checkpoints.group_index import ascends, groups_of_inputs, in_order_of_groups, in_order_of_inputs
 from jaxquant.checkpoints.int_quantized import INPUT_ZERO
 from jaxquant.checkpoints.modules import (
     AXES,
@@ -37,6 +48,7 @@ from jaxquant.numerics.spec import QuantSpec
 
 LAYOUTS = {layout.FORMAT: layout for layout in (pack_quantized, int_quantized)}
 PARTS = {part for layout in LAYOUTS.values() for part in layout.PARTS}
+INDEX = "weight_g_idx"
 
 
 def write_compressed_tensors(
@@ -60,8 +72,10 @@ def write_compressed_tensors(
     quantized = quantized_modules(tensors, "compressed-tensors")
     _check_expressible(tensors, classes)
     dtype = one_dtype(quantized)
-    write_quantized(directory, tensors, quantized, lambda q: LAYOUTS[format_of(q.spec)].pack(_with_scales_of(q, dtype)))
-    quantization_config = describe({module: q.spec for module, q in quantized.items()}, classes)
+    act_order = any(q.input_order is not None for q in quantized.values())
+    write_quantized(directory, tensors, quantized, lambda q: _pack(q, dtype, act_order))
+    specs = {module: q.spec for module, q in quantized.items()}
+    quantization_config = describe(specs, classes, act_order=act_order)
     write_config(directory, hf_config, dtype, quantization_config)
     check_read_back(directory, CompressedTensors(directory, quantization_config, classes), quantized)
 
@@ -73,9 +87,11 @@ class CompressedTensors(QuantizedTensors):
         groups = read_groups(quantization_config)
         super().__init__(directory, PARTS)
         self._classes = classes
-        self.specs = {f"{m}.weight": find_spec(m, classes.get(m, "Linear"), groups) for m in self._parts}
-        for module, found in self._parts.items():
-            self._check(module, found)
+        of_modules = {module: find_group(module, classes.get(module, "Linear"), groups) for module in self._parts}
+        self.specs = {f"{module}.weight": group.spec for module, group in of_modules.items()}
+        for module, group in of_modules.items():
+            self._check(module, self._parts[module], group)
+        self._reordered = not all(map(self._ascends, self._parts))
         scales = {f"{m}.{part}" for m, found in self._parts.items() for part in found if part.endswith("_scale")}
         dtypes = {self._tensors.layout(name)[0] for name in scales}
         if not dtypes <= {*MODEL_DTYPES} or len(dtypes) > 1:
@@ -84,6 +100,7 @@ class CompressedTensors(QuantizedTensors):
     def _unpack(self, module: str) -> QTensor:
         spec = self.specs[f"{module}.weight"]
         arrays = {part: self._tensors[f"{module}.{part}"] for part in self._parts[module]}
+        index = arrays.pop(INDEX, None)
         for part in sorted(arrays):
             if part.endswith("_scale"):
                 check_scale(f"{module}.{part}", arrays[part])
@@ -91,6 +108,8 @@ class CompressedTensors(QuantizedTensors):
             q = LAYOUTS[format_of(spec)].unpack(arrays, spec)
         except ValueError as error:
             raise ValueError(f"{module}: {error}") from error
+        if self._reordered and spec.group_size is not None:  # of all, so that layers can be stacked
+            q = in_order_of_groups(q, groups_of_inputs(q) if index is None or (index == -1).all() else index)
         contract, out = AXES[self._classes.get(module, "Linear")]
         return dataclasses.replace(q, contract=contract, out=out)
 
@@ -98,13 +117,20 @@ class CompressedTensors(QuantizedTensors):
         """NumPy's name for the dtype of a tensor, or of the weight that a QTensor stands for."""
         return self._tensors.dtype(name if name in self._plain else f"{name.removesuffix('.weight')}.weight_scale")
 
-    def _check(self, module: str, found: set[str]) -> None:
-        """Compares the parts of a weight with its spec."""
-        spec = self.specs[f"{module}.weight"]
-        layout = LAYOUTS[format_of(spec)]
+    def _ascends(self, module: str) -> bool:
+        """Whether the groups of a weight follow one another. ValueError unless all are of one size."""
+        name = f"{module}.{INDEX}"
+        if name not in self._tensors or (self._tensors[name] == -1).all():
+            return True
+        _, (_, groups) = self._tensors.layout(f"{module}.weight_scale")
+        return ascends(name, self._tensors[name], groups)
+
+    def _check(self, module: str, found: set[str], group: Group) -> None:
+        """Compares the parts of a weight with what its group says."""
+        spec, layout = group.spec, LAYOUTS[format_of(group.spec)]
         missing = sorted(layout.REQUIRED - found)
         try:
-            shapes = {} if missing else layout.shapes(*self._matrix_shape(module, spec), spec)
+            shapes = {} if missing else self._shapes(module, group)
         except ValueError as error:  # its groups do not divide the inputs
             raise ValueError(f"{module}: {error}") from error
         missing += sorted(shapes.keys() - found)
@@ -120,11 +146,18 @@ class CompressedTensors(QuantizedTensors):
             raise ValueError(f"{module}.{left_over[0]} is not supported beside {layout.FORMAT} codes of {spec}")
         for part, allowed in shapes.items():
             dtype, shape = self._tensors.layout(f"{module}.{part}")
-            if shape not in allowed or dtype != layout.DTYPES.get(part, dtype):
+            wanted = "int32" if part == INDEX else layout.DTYPES.get(part, "")
+            if shape not in allowed or dtype != (wanted or dtype):
                 raise ValueError(
                     f"{module}.{part} is {dtype}{list(shape)}, which does not fit {spec}; expected "
-                    f"{layout.DTYPES.get(part, '')}{list(allowed[0])}"
+                    f"{wanted}{list(allowed[0])}"
                 )
+
+    def _shapes(self, module: str, group: Group) -> dict[str, list[tuple[int, ...]]]:
+        """The parts that a weight has, and the shapes that each may have."""
+        n, k = self._matrix_shape(module, group.spec)
+        shapes = LAYOUTS[format_of(group.spec)].shapes(n, k, group.spec)
+        return {**shapes, INDEX: [(k,)]} if group.act_order else shapes
 
     def _matrix_shape(self, module: str, spec: QuantSpec) -> tuple[int, int]:
         """Outputs and inputs of a weight."""
@@ -160,8 +193,6 @@ def _check_qtensor(q: QTensor, kind: str) -> None:
     check_matrix(q, kind)
     if kind == "Embedding" and q.spec.activations is not None:
         raise ValueError("its inputs are token ids, which cannot be rounded; leave out `activations`")
-    if q.input_order is not None:
-        raise ValueError("its codes are not in the order of the inputs; use format='gptq'")
     if q.dtype not in MODEL_DTYPES:
         raise ValueError(f"it stands for {q.dtype}; cast it to one of {', '.join(MODEL_DTYPES)}")
     if any(scale is not None and exactly(scale, q.dtype) is None for scale in (q.scale, q.input_scale)):
@@ -169,6 +200,12 @@ def _check_qtensor(q: QTensor, kind: str) -> None:
             f"it stands for {q.dtype} and has {q.scale.dtype} scales; readers cast scales to the model's dtype, which "
             "would change them"
         )
+
+
+def _pack(q: QTensor, dtype: str, act_order: bool) -> dict[str, np.ndarray]:
+    """The arrays of one weight; `act_order` says whether a g_idx is beside all codes with groups."""
+    arrays = LAYOUTS[format_of(q.spec)].pack(_with_scales_of(in_order_of_inputs(q), dtype))
+    return arrays | {INDEX: groups_of_inputs(q)} if act_order and q.spec.group_size is not None else arrays
 
 
 def _with_scales_of(q: QTensor, dtype: str) -> QTensor:

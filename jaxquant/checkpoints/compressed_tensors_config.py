@@ -3,6 +3,9 @@
 Source: compressed-tensors 0.20, quantization/{quant_config,quant_scheme,quant_args}.py. The last two refuse keys that
 they do not know, so exactly theirs are written. A config group names its modules by class ("Linear"), by name, or by a
 regular expression ("re:...") that matches from the start of the name.
+
+`actorder="group"`, with the group of each input in the tensors, was in the format up to release 0.18. Later ones, and
+so transformers beside them, refuse such a configuration, whoever wrote it; "weight" leaves no trace in the tensors.
 """
 
 import dataclasses
@@ -17,6 +20,9 @@ from jaxquant.numerics.spec import ActivationSpec, QuantSpec
 METHOD = "compressed-tensors"
 MIXED = "mixed-precision"  # modules of several formats in one model
 FORMATS = (pack_quantized.FORMAT, int_quantized.FORMAT)
+
+GROUP = "group"
+MIXED_ORDERS = (GROUP, "dynamic", True)  # words for groups of inputs from everywhere
 
 # What is understood of each key when a configuration is read.
 _TOP: Understood = {
@@ -48,7 +54,7 @@ _WEIGHTS: Understood = {
     "dynamic": (False,),
     "block_structure": (None,),
     "scale_dtype": (None,),
-    "actorder": (None, "weight", "static"),  # the order of calibration, which leaves no trace in the tensors
+    "actorder": (*MIXED_ORDERS, None, False, "weight", "static"),
     "observer": None,  # how the scales were found
     "observer_kwargs": None,
     "zp_dtype": None,  # they are stored as codes, in the width of the codes
@@ -63,10 +69,11 @@ _ACTIVATIONS: Understood = {
 
 
 class Group(NamedTuple):
-    """One config group: the modules that it names, and the codes of their weights."""
+    """One config group: the modules that it names, the codes of their weights, and whether a g_idx is beside those."""
 
     targets: list[str]
     spec: QuantSpec
+    act_order: bool
 
 
 def format_of(spec: QuantSpec) -> str:
@@ -87,10 +94,15 @@ def check_spec(spec: QuantSpec) -> None:
         raise ValueError(f"cannot be written as compressed-tensors: {reason}, or format='jaxquant'")
 
 
-def describe(specs: Mapping[str, QuantSpec], classes: Mapping[str, str]) -> dict[str, Any]:
-    """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class)."""
+def describe(specs: Mapping[str, QuantSpec], classes: Mapping[str, str], *, act_order: bool = False) -> dict[str, Any]:
+    """The `quantization_config` for quantized modules (name -> spec) among those of a model (name -> class).
+
+    `act_order` says whether a g_idx is beside all codes with groups.
+    """
     specs = {module: dataclasses.replace(spec, scale_dtype=None) for module, spec in specs.items()}
-    groups = [_describe_group(spec, _targets(spec, specs, classes)) for spec in dict.fromkeys(specs.values())]
+    groups = [
+        _describe_group(spec, _targets(spec, specs, classes), act_order) for spec in dict.fromkeys(specs.values())
+    ]
     formats = {group["format"] for group in groups}
     return {
         "quant_method": METHOD,
@@ -116,8 +128,8 @@ def read_groups(quantization_config: Mapping[str, Any]) -> list[Group]:
     return [_read_group(f"quantization_config: {name}", group, format) for name, group in groups.items()]
 
 
-def find_spec(module: str, kind: str, groups: list[Group]) -> QuantSpec:
-    """The spec of a module: the group that names it, else the first whose pattern fits, else that of its class `kind`.
+def find_group(module: str, kind: str, groups: list[Group]) -> Group:
+    """The group of a module: the one that names it, else the first whose pattern fits, else that of its class `kind`.
 
     Raises:
       ValueError: there is none, or a pattern is no regular expression.
@@ -125,12 +137,12 @@ def find_spec(module: str, kind: str, groups: list[Group]) -> QuantSpec:
     for name, fits in ((module, _is_name), (module, _is_pattern), (kind, _is_name)):
         for group in groups:
             if any(fits(target, name) for target in group.targets):
-                return group.spec
+                return group
     raise ValueError(f"{module} is quantized, but no group of the quantization_config names it")
 
 
-def _describe_group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
-    weights = {
+def _describe_group(spec: QuantSpec, targets: list[str], act_order: bool) -> dict[str, Any]:
+    weights: dict[str, Any] = {
         "num_bits": spec.bits,
         "type": "int",
         "symmetric": spec.symmetric,
@@ -138,6 +150,8 @@ def _describe_group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
         "group_size": spec.group_size,
         "dynamic": False,
     }
+    if act_order and spec.group_size is not None:
+        weights["actorder"] = GROUP
     activations = {"input_activations": _describe_activations(spec.activations), "output_activations": None}
     return {"targets": targets, "weights": weights, **activations, "format": format_of(spec)}
 
@@ -173,6 +187,9 @@ def _read_group(where: str, group: Any, format: Any) -> Group:
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{where}: targets={targets!r} is not supported; expected names")
     strategy, group_size = weights.get("strategy"), weights.get("group_size")
+    act_order = weights.get("actorder") in MIXED_ORDERS
+    if act_order and strategy != "group":
+        raise ValueError(f"{where}: actorder={weights['actorder']!r} with strategy={strategy!r} is not supported")
     if strategy is None or (strategy == "group" and group_size is None):
         raise ValueError(f"{where}: strategy={strategy!r} with group_size={group_size!r} is not supported")
     group_size = None if strategy == "channel" else group_size
@@ -189,7 +206,7 @@ def _read_group(where: str, group: Any, format: Any) -> Group:
     if stored not in (None, MIXED, format_of(spec)):
         with_or_without = "without" if spec.activations is None else "with"
         raise ValueError(f"{where}: format={stored!r} {with_or_without} input_activations is not supported")
-    return Group(targets, spec)
+    return Group(targets, spec, act_order)
 
 
 def _read_activations(given: dict[str, Any] | None) -> ActivationSpec | None:

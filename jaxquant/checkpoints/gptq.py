@@ -20,7 +20,6 @@ Where `g_idx` does not ascend (`desc_act`, act-order without static groups), the
 their groups, and the QTensor has an `input_order`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.checkpoints.gptq_config import COPY, V1, V2, check_spec, describe, read_config, version_of
+from jaxquant.checkpoints.group_index import ascends, groups_of_inputs, in_order_of_groups, in_order_of_inputs
 from jaxquant.checkpoints.modules import (
     MODEL_DTYPES,
     HalfScaledTensors,
@@ -72,7 +72,7 @@ class GPTQTensors(HalfScaledTensors):
         specs = {module: self._config.spec(module) for module in self._parts}
         for module, spec in specs.items():
             self._check(module, spec)
-        self._reordered = not all(self._ascends(module, spec.group_size) for module, spec in specs.items())
+        self._reordered = not all(self._ascends(module) for module in specs)
         if self._reordered and not self._config.act_order:
             raise ValueError(
                 f"{self._directory}: a g_idx does not ascend, but the quantization_config says desc_act=false"
@@ -107,57 +107,44 @@ class GPTQTensors(HalfScaledTensors):
             )
         return shape[0] * 32 // bits, shape[1]
 
-    def _ascends(self, module: str, group_size: int | None) -> bool:
+    def _ascends(self, module: str) -> bool:
         """Whether the groups of a weight follow one another. ValueError unless all are of one size."""
         if "g_idx" not in self._parts[module]:
             return True
-        index, (_, (groups, _)) = self._tensors[f"{module}.g_idx"], self._tensors.layout(f"{module}.scales")
-        sizes = np.bincount(index, minlength=groups) if 0 <= index.min() <= index.max() < groups else np.zeros(1)
-        if (sizes * groups != index.size).any():
-            raise ValueError(f"{module}.g_idx does not give each of {groups} groups as many inputs")
-        return group_size is None or np.array_equal(index, np.arange(index.size) // group_size)
+        _, (groups, _) = self._tensors.layout(f"{module}.scales")
+        return ascends(f"{module}.g_idx", self._tensors[f"{module}.g_idx"], groups)
 
     def _unpack(self, module: str) -> QTensor:
-        name, arrays, order = f"{module}.weight", self._read_parts(module), None
-        if self._reordered and "g_idx" in arrays and self.specs[name].group_size is not None:
-            order = np.argsort(arrays["g_idx"], kind="stable").astype(np.int32)
+        name, arrays = f"{module}.weight", self._read_parts(module)
         try:
-            return unpack(arrays, self.specs[name], self._config.version, order, self.dtype(name))
+            q = unpack(arrays, self.specs[name], self._config.version, self.dtype(name))
         except ValueError as error:
             raise ValueError(f"{module}: {error}") from error
+        if self._reordered and "g_idx" in arrays and q.spec.group_size is not None:
+            return in_order_of_groups(q, arrays["g_idx"])
+        return q
 
 
 def pack(q: QTensor, version: str) -> dict[str, np.ndarray]:
     """A QTensor of one matrix as the arrays of the format, of the version `V1` or `V2`; its scales are float16's."""
-    bits, k = q.spec.bits, q.in_shape[0]
-    index = np.arange(k, dtype=np.int32) // (q.spec.group_size or k)
-    if q.input_order is None:
-        codes = pack_codes(q)
-    else:
-        order = np.asarray(q.input_order)[:, 0]
-        codes = pack_unsigned(q.unsigned_codes[np.argsort(order)], bits)
-        index = index[np.argsort(order)]
     zeros = q.unsigned_zero_point if version == V2 else q.unsigned_zero_point - jnp.uint8(1)
     scales = exactly(q.scale, "float16")
     assert scales is not None
     return {
-        "qweight": np.ascontiguousarray(codes.T),
-        "qzeros": pack_unsigned(zeros.T, bits),
+        "qweight": np.ascontiguousarray(pack_codes(in_order_of_inputs(q)).T),
+        "qzeros": pack_unsigned(zeros.T, q.spec.bits),
         "scales": scales,
-        "g_idx": index,
+        "g_idx": groups_of_inputs(q),
     }
 
 
-def unpack(
-    arrays: Mapping[str, np.ndarray], spec: QuantSpec, version: str, order: np.ndarray | None, dtype: str
-) -> QTensor:
-    """The QTensor `[K, N]` of the arrays: the inverse of `pack`, with the scales' dtype. Shapes must be right.
+def unpack(arrays: Mapping[str, np.ndarray], spec: QuantSpec, version: str, dtype: str) -> QTensor:
+    """The QTensor `[K, N]` of the arrays, with the scales' dtype, whose codes lie in the order of the inputs.
 
     Args:
-      arrays: by the last part of their names.
+      arrays: by the last part of their names, of the right shapes. `g_idx` is not looked at.
       spec: of the codes.
       version: `V1` or `V2`.
-      order: the inputs in the order of their groups, int32 `[K]`; None where they are.
       dtype: that of the weight it stands for.
 
     Raises:
@@ -170,14 +157,9 @@ def unpack(
         zeros = ((zeros.astype(np.int16) + 1 + half) % (2 * half) - half).astype(np.int8)
     if spec.symmetric and zeros.any():
         raise ValueError(f"qzeros holds other zero points than {half}, but the quantization_config says sym=true")
-    packed = np.ascontiguousarray(qweight.T)
+    values = unpack_values(np.ascontiguousarray(qweight.T), k, spec)
     zero_point = None if spec.symmetric else jnp.asarray(zeros)
-    scale, axes = jnp.asarray(scales), ((-2,), (-1,), (k,))
-    if order is None:
-        return QTensor(unpack_values(packed, k, spec), scale, zero_point, spec, dtype, *axes)
-    codes = unpack_signed(packed, k, spec.bits)[order]
-    q = QTensor.from_codes(codes, scale, zero_point, spec, dtype=dtype)
-    return dataclasses.replace(q, input_order=jnp.asarray(order)[:, None])
+    return QTensor(values, jnp.asarray(scales), zero_point, spec, dtype, (-2,), (-1,), (k,))
 
 
 def _check_qtensor(q: QTensor) -> None:

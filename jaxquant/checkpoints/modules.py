@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.checkpoints.group_index import groups_of_inputs, in_order_of_inputs
 from jaxquant.checkpoints.huggingface import CONFIG
 from jaxquant.checkpoints.json_file import write_json
 from jaxquant.checkpoints.tensors import Tensors, check_scale, same_bits, write_tensors
@@ -252,7 +253,7 @@ def exactly(array: Any, dtype: str) -> np.ndarray | None:
 
 
 def check_read_back(directory: Path, read: Mapping[str, Any], quantized: Mapping[str, QTensor]) -> None:
-    """Raises OSError for a weight that a directory returns differently: codes, zero points, order, or any scale."""
+    """Raises OSError for a weight that a directory returns differently: codes, zero points, groups, or any scale."""
     for module, q in quantized.items():
         again = read[f"{module}.weight"]
         if not all(map(same_bits, _comparable(q), _comparable(again))):
@@ -260,11 +261,11 @@ def check_read_back(directory: Path, read: Mapping[str, Any], quantized: Mapping
 
 
 def _comparable(q: QTensor) -> list[np.ndarray]:
-    """What makes up a weight: the numbers of its scales, a zero point and an order even where they are trivial."""
+    """What makes up a weight: the numbers of its scales, zero points and groups even where they are trivial."""
     scales = [None if a is None else np.asarray(a).astype(np.float64) for a in (q.scale, q.input_scale)]
     zero = np.zeros(q.scale.shape, np.int8) if q.zero_point is None else q.zero_point
-    order = np.arange(q.in_shape[0], dtype=np.int32)[:, None] if q.input_order is None else q.input_order
-    return [np.asarray(a) for a in (q.values, *scales, zero, order, q.input_zero_point)]
+    values = in_order_of_inputs(q).values
+    return [np.asarray(a) for a in (values, *scales, zero, groups_of_inputs(q), q.input_zero_point)]
 
 
 def write_quantized(

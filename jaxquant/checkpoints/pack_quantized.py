@@ -11,8 +11,8 @@ and symmetric weights have no zero points.
 
 Source: compressed-tensors 0.20, compressors/pack_quantized. Since its release 0.18 the stream is dense at 3, 5, 6 and 7
 bits too; before, a word held only whole codes. The dense layout is written. The older one has the same names and is
-read where its width tells it apart: always if 32 divides K. Files with another K and one width for both are taken to
-be dense, as upstream takes them.
+read where its width tells it apart: always if 32 divides K and N. Streams of one width in both are taken to be dense,
+as upstream takes them.
 """
 
 import math
@@ -45,7 +45,7 @@ def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, list[tuple[int, ...]]]:
         "weight_shape": [(2,)],
     }
     if not spec.symmetric:
-        parts["weight_zero_point"] = [(words(n, spec.bits), groups)]
+        parts["weight_zero_point"] = [(words(n, spec.bits), groups), (old_words(n, spec.bits), groups)]
     return parts
 
 
@@ -64,15 +64,15 @@ def unpack(arrays: Mapping[str, np.ndarray], spec: QuantSpec) -> QTensor:
     packed, scale, k = arrays["weight_packed"], arrays["weight_scale"], int(arrays["weight_shape"][1])
     zeros = None
     if not spec.symmetric:
-        zeros = unpack_signed(arrays["weight_zero_point"].T, len(scale), spec.bits).T
-    if packed.shape[1] != words(k, spec.bits):
-        packed = _rearranged(packed, k, spec.bits)
-    values = unpack_values(packed, k, spec)
+        zeros = unpack_signed(_dense(arrays["weight_zero_point"].T, len(scale), spec.bits), len(scale), spec.bits).T
+    values = unpack_values(_dense(packed, k, spec.bits), k, spec)
     return QTensor(values, jnp.asarray(scale.T), zeros, spec, scale.dtype.name, (-2,), (-1,), (k,))
 
 
-def _rearranged(packed: np.ndarray, size: int, bits: int) -> np.ndarray:
-    """The dense words of codes that lie in the older layout."""
+def _dense(packed: np.ndarray, size: int, bits: int) -> np.ndarray:
+    """The dense words of streams of codes that may lie in the older layout."""
+    if packed.shape[1] == words(size, bits):
+        return packed
     shifts = np.arange(0, 32 - bits + 1, bits, dtype=np.uint32)
     codes = (np.ascontiguousarray(packed).view("<u4")[..., None] >> shifts) & np.uint32(2**bits - 1)
     codes = codes.reshape(len(packed), -1)[:, :size].astype(np.uint8)

@@ -51,7 +51,7 @@ def _shape_declines(m: int, n: int, q: QTensor) -> str | None:
     assert q.prepared.chip is not None
     if m > GPU_MOST_TOKENS:
         return f"{m} tokens are so many that it pays to dequantize"
-    if 0 in (m, n) or gpu_tiles(q.prepared.chip, m, n) is None:
+    if 0 in (m, n) or gpu_tiles(q.prepared.chip, m, n, q.prepared.tiles) is None:
         return f"the result is {m} × {n}, and there are no tiles for it"
     size = math.prod(q.in_shape)
     group = size // q.spec.num_groups(size)
@@ -84,7 +84,7 @@ def kernel_matmul(x: jax.Array, q: QTensor, dtype, interpret=None) -> jax.Array:
     values = q.prepared.integers(q.values, q.spec.bits).reshape(-1, x.shape[1])
     scale, zero = jax.tree.map(_by_group, (q.scale, q.zero_point))
     group = x.shape[1] // len(scale)
-    tiles = gpu_tiles(q.prepared.chip, len(x), len(values))
+    tiles = gpu_tiles(q.prepared.chip, len(x), len(values), q.prepared.tiles)
     assert tiles is not None
     chip, wide = GPU_CHIPS[q.prepared.chip], dtype if zero is None else jnp.float32
     out = mosaic_gpu_kernel.product(x, values, scale, cut(tiles, group), chip, wide, interpret)

@@ -150,4 +150,4 @@ def _tiles(x: jax.Array, q: QTensor) -> TpuTiles | None:
     assert q.prepared is not None
     group = TPU_LANES if groups == 1 else k // groups
     bits, rounded = (4 if q.spec.bits <= 4 else 8), q.spec.activations is not None
-    return tpu_tiles(q.prepared.chip, m * _parts(x, q), k, n, group, bits, rounded)
+    return tpu_tiles(q.prepared.chip, m * _parts(x, q), k, n, group, bits, rounded, own=q.prepared.tiles)

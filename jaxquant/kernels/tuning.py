@@ -1,6 +1,7 @@
 """Tiles of the kernels, by chip and shape: plain data, and the functions that look it up."""
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +58,15 @@ GPU_TILES = {"h100": _HOPPER, "h200": _HOPPER}
 GPU_MOST_TOKENS = 512  # beyond, one product of XLA with dequantized weights is quicker than dequantizing in each tile
 
 
-def gpu_tiles(chip: str, tokens: int, outputs: int) -> GpuTiles | None:
+def gpu_tiles(chip: str, tokens: int, outputs: int, own: Sequence[tuple[int, GpuTiles]] = ()) -> GpuTiles | None:
     """The tiles for a product; None where there are none, for so many tokens or for such a number of outputs.
+
+    Those of its `own` come before the table's.
 
     Raises:
       KeyError: there is no table for the chip.
     """
-    rows = GPU_TILES[chip]
+    rows = (*own, *GPU_TILES[chip])
     return next((tiles for most, tiles in rows if tokens <= most and outputs % tiles.tile_n == 0), None)
 
 
@@ -126,7 +129,16 @@ TPU_TILES = {"v4": _SHALLOW, "v5e": _SHALLOW, "v5p": _SHALLOW, "v6e": _DEEP, "tp
 
 
 def tpu_tiles(
-    chip: str | None, tokens: int, channels: int, outputs: int, group: int, bits: int, rounded: bool
+    chip: str | None,
+    tokens: int,
+    channels: int,
+    outputs: int,
+    group: int,
+    bits: int,
+    rounded: bool,
+    *,
+    own: Sequence[tuple[int, TpuTiles]] = (),
+    table: Sequence[TpuTiles] | None = None,
 ) -> TpuTiles | None:
     """The tiles for a product; None where fast memory has no room for any.
 
@@ -136,7 +148,11 @@ def tpu_tiles(
       group: input channels of which a tile must hold a multiple, itself one of 128.
       bits: of a weight in memory, 4 or 8.
       rounded: whether the kernel rounds the input, which may then be float32.
+      own: the most tokens, and tiles for them, that come before the table's.
+      table: the largest tiles; None is the chip's.
     """
+    largest = next(([tiles] for most, tiles in own if tokens <= most), [])
+    largest += TPU_TILES[chip] if table is None else table
 
     def cut(tiles: TpuTiles) -> TpuTiles:
         tile_m = tokens if tokens < TPU_SUBLANES else _even(tokens, tiles.tile_m, TPU_SUBLANES)
@@ -151,7 +167,7 @@ def tpu_tiles(
         kept = tile_m * channels * 2 * rounded + qparams * 16 + summed
         return TpuTiles(tile_m, tile_n, tile_k, 2 * (loaded + qparams) + kept + summed + chunk + 2 * _MIB)
 
-    return next((t for t in map(cut, TPU_TILES[chip]) if t.memory <= TPU_CHIPS[chip].memory), None)
+    return next((t for t in map(cut, largest) if t.memory <= TPU_CHIPS[chip].memory), None)
 
 
 def _even(size: int, most: int, unit: int) -> int:

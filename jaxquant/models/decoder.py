@@ -103,12 +103,9 @@ def _positions(time: int, past: Past | None) -> jax.Array:
 
 
 def _rope_tables(config: DecoderConfig, time: int, past: Past | None) -> tuple[jax.Array, jax.Array]:
-    """The tables of `rope_tables` at these positions, with a past `[ropes, batch, time, dim / 2]`."""
-    if past is None:
-        return rope_tables(time, ropes(config))
-    cos, sin = rope_tables(past.cache.capacity, ropes(config))
-    positions = _positions(time, past)
-    return cos[:, positions], sin[:, positions]
+    """The tables of `rope_tables` at these positions; sequences are as long as they are with the new tokens."""
+    length = time if past is None else past.cache.length[0] + time - past.start[0]
+    return rope_tables(_positions(time, past), length, ropes(config))
 
 
 class Embeddings(nn.Module):
@@ -133,7 +130,7 @@ class Layers(nn.Module):
     def __call__(self, x: jax.Array, windows: jax.Array) -> jax.Array:
         """Maps `x` `[batch, time, hidden]` to the same shape; `windows`, int32, has an entry per layer."""
         config = self.config
-        tables = rope_tables(x.shape[-2], ropes(config))
+        tables = _rope_tables(config, x.shape[-2], None)
         return _scanned(config, self.dtype, len(windows))(x, windows, None, *tables)[0]
 
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.models.decoder import Past
+from jaxquant.models.decoder import Past, ropes
 from jaxquant.models.model import Model
+from jaxquant.models.rope import LongRope
 from jaxquant.numerics.kv_cache import CacheSpec
 
 ROUNDING = 64  # lengths of prompts and caches are multiples of it
@@ -95,14 +96,25 @@ def generate(
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (time - len(p), 0)) for p in prompts])
     run = _Static(model, sampling, tuple(stop_tokens), cache, rounded(time + max_new_tokens), rounded(max_new_tokens))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
-    state = _begin(run, params, tokens, start, keys)
+    nothing = jnp.full((len(prompts), run.room), -1, jnp.int32), jnp.int32(0), jnp.zeros(len(prompts), bool)
+    state = _read(run, params, tokens, start, _State(None, *nothing, keys))
+    turns = _turns(model, prompts)
+
+    def go_on(state: _State, until: int) -> _State:
+        for turn in turns:
+            if state.written <= turn < until:
+                state = _go_on(run, params, state, jnp.int32(turn))
+                text = np.maximum(np.asarray(state.out)[:, :turn], 0)
+                state = _read(run, params, np.concatenate([tokens, text], 1), start, state)
+        return _go_on(run, params, state, jnp.int32(until))
+
     if on_tokens is None:
-        state = _go_on(run, params, state, jnp.int32(max_new_tokens))
+        state = go_on(state, max_new_tokens)
     else:
         while not on_tokens(np.asarray(state.out[:, state.written - 1])):
             if state.written == max_new_tokens or state.done.all():
                 break
-            state = _go_on(run, params, state, state.written + 1)
+            state = go_on(state, int(state.written) + 1)
     return [[int(token) for token in row if token >= 0] for row in np.asarray(state.out)]
 
 
@@ -121,6 +133,13 @@ def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_token
                 f"context of {context}; shorten either"
             )
         model.check_tokens(prompt)
+
+
+def _turns(model: Model, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """After how many new tokens a sequence outgrows the rotation of its keys (LongRoPE), and is read again, whole."""
+    scalings = [rope.scaling for rope in ropes(model.config) if isinstance(rope.scaling, LongRope)]
+    turns = {scaling.original_max_position_embeddings + 1 - len(prompt) for scaling in scalings for prompt in prompts}
+    return sorted(turn for turn in turns if turn > 0)
 
 
 def rounded(length: int) -> int:
@@ -142,7 +161,7 @@ class _Static(NamedTuple):
 class _State(NamedTuple):
     """The loop's: `out` int32 `[batch, room]` is -1 where nothing was written; `written` columns of it were."""
 
-    past: Past
+    past: Past | None
     out: jax.Array
     written: jax.Array
     done: jax.Array
@@ -150,13 +169,10 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(run: _Static, params, tokens, start, keys) -> _State:
-    """The state after the first new token."""
-    past = run.model.empty_past(run.cache, start, run.capacity)
-    logits, past = run.model.decode(params, tokens, past)
-    batch = len(tokens)
-    out, done = jnp.full((batch, run.room), -1, jnp.int32), jnp.zeros(batch, bool)
-    return _written(run, logits, _State(past, out, jnp.int32(0), done, keys))
+def _read(run: _Static, params, tokens, start, state: _State) -> _State:
+    """The state after one more token, behind texts that are read from their beginnings."""
+    logits, past = run.model.decode(params, tokens, run.model.empty_past(run.cache, start, run.capacity))
+    return _written(run, logits, state._replace(past=past))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -164,6 +180,7 @@ def _go_on(run: _Static, params, state: _State, until) -> _State:
     """The state after `until` tokens, or once all prompts are done."""
 
     def step(state: _State) -> _State:
+        assert state.past is not None
         last = lax.dynamic_slice_in_dim(state.out, state.written - 1, 1, 1)
         logits, past = run.model.decode(params, jnp.maximum(last, 0), state.past)  # done ones go on with anything
         return _written(run, logits, state._replace(past=past))

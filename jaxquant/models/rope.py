@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Length = int | jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
@@ -19,8 +21,8 @@ class LinearScaling:
 
     factor: float
 
-    def scale(self, frequencies: np.ndarray, length: int) -> np.ndarray:
-        """Returns the scaled frequencies, same shape, for sequences of `length` tokens."""
+    def scale(self, frequencies: np.ndarray, length: Length) -> np.ndarray:
+        """Returns the scaled frequencies, same shape; sequences of all lengths have the same."""
         return frequencies / self.factor
 
 
@@ -33,8 +35,8 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def scale(self, frequencies: np.ndarray, length: int) -> np.ndarray:
-        """Returns the scaled frequencies, same shape, for sequences of `length` tokens."""
+    def scale(self, frequencies: np.ndarray, length: Length) -> np.ndarray:
+        """Returns the scaled frequencies, same shape; sequences of all lengths have the same."""
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
@@ -45,7 +47,8 @@ class Llama3Scaling:
 class LongRope:
     """LongRoPE (arXiv:2402.13753): each frequency has a divisor, another one in sequences beyond the original length.
 
-    `magnitude` multiplies the tables, and so the scores of attention twice.
+    A sequence that grows beyond it changes the rotation of all its positions, so keys that were rotated before are of
+    no use then. `magnitude` multiplies the tables, and so the scores of attention twice.
     """
 
     short_factor: tuple[float, ...]
@@ -53,10 +56,12 @@ class LongRope:
     original_max_position_embeddings: int
     magnitude: float
 
-    def scale(self, frequencies: np.ndarray, length: int) -> np.ndarray:
-        """Returns the scaled frequencies, same shape, for sequences of `length` tokens."""
-        is_long = length > self.original_max_position_embeddings
-        return frequencies / np.asarray(self.long_factor if is_long else self.short_factor)
+    def scale(self, frequencies: np.ndarray, length: Length) -> jax.Array:
+        """Returns the scaled frequencies `[*length.shape, 1, dim / 2]`, float32, for sequences of `length` tokens."""
+        long, short = (
+            jnp.asarray(frequencies / np.asarray(f), jnp.float32) for f in (self.long_factor, self.short_factor)
+        )
+        return jnp.where(jnp.asarray(length)[..., None, None] > self.original_max_position_embeddings, long, short)
 
 
 RopeScaling = LinearScaling | Llama3Scaling | LongRope
@@ -79,18 +84,27 @@ class Rope:
             raise ValueError(f"head_dim={self.dim} is {what}, but rotary embedding needs two equal halves")
 
 
-def rope_tables(length: int, ropes: tuple[Rope, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns the cosines and sines of positions `0..length-1`, each float32 `[len(ropes), length, dim / 2]`."""
+def rope_tables(positions: jax.Array, length: Length, ropes: tuple[Rope, ...]) -> tuple[jax.Array, jax.Array]:
+    """The cosines and sines of some positions.
+
+    Args:
+      positions: int32 `[time]`, or of several sequences `[batch, time]`.
+      length: of the sequences that they are in, an integer or int32 `[batch]`.
+      ropes: how heads are rotated.
+
+    Returns:
+      Two float32 arrays `[len(ropes), *positions.shape, dim / 2]`.
+    """
     if not ropes:
-        return jnp.zeros((0, length, 0)), jnp.zeros((0, length, 0))
-    positions = jnp.arange(length, dtype=jnp.float32)
-    angles = [positions[:, None] * jnp.asarray(_frequencies(rope, length), dtype=jnp.float32) for rope in ropes]
+        return jnp.zeros((0, *positions.shape, 0)), jnp.zeros((0, *positions.shape, 0))
+    at = positions.astype(jnp.float32)[..., None]
+    angles = [at * jnp.asarray(_frequencies(rope, length), dtype=jnp.float32) for rope in ropes]
     magnitudes = [getattr(rope.scaling, "magnitude", 1.0) for rope in ropes]
     cos = jnp.stack([jnp.cos(angle) * magnitude for angle, magnitude in zip(angles, magnitudes, strict=True)])
     return cos, jnp.stack([jnp.sin(angle) * magnitude for angle, magnitude in zip(angles, magnitudes, strict=True)])
 
 
-def _frequencies(rope: Rope, length: int) -> np.ndarray:
+def _frequencies(rope: Rope, length: Length) -> np.ndarray | jax.Array:
     frequencies = rope.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
     return frequencies if rope.scaling is None else rope.scaling.scale(frequencies, length)
 

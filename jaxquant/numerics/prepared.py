@@ -17,7 +17,7 @@ order; runs are short, so that groups and shards of the inputs hold whole ones.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class Prepared:
     Attributes:
       platform: "cpu", "gpu" or "tpu".
       chip: its generation, such as "v5e" or "h200"; None for kernels that every one of the platform runs.
+      tiles: (the most tokens, how its kernel is cut for them), ascending, where that was found by timing; the kernels
+        have tables for all else.
 
     Raises:
       ValueError: there is no such platform or chip.
@@ -42,6 +44,7 @@ class Prepared:
 
     platform: Platform
     chip: str | None = None
+    tiles: tuple[tuple[int, Any], ...] = ()
 
     def __post_init__(self):
         if self.platform not in get_args(Platform):

@@ -139,22 +139,25 @@ def _mirrored(gram: jax.Array) -> jax.Array:
     return lax.fori_loop(0, len(stack), mirror, stack).reshape(gram.shape)
 
 
-def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array) -> Moments:
+def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array, real: jax.Array | None = None) -> Moments:
     """Moments of the rows of each group, `[E, ...]`.
 
     Args:
       x: float `[T, K]`, rows in the order of their groups.
       position: integer `[T]`, as for `observe`.
       groups: integer `[E]`, rows in each group; rows beyond their sum belong to none.
+      real: bool `[T]`, as for `observe`.
     """
     x = x.astype(compute_dtype(x.dtype))
     end = jnp.cumsum(groups)
     row = jnp.arange(x.shape[0])
     member = (row < end[:, None]) & (row >= (end - groups)[:, None])  # [E, T]
+    member = member if real is None else member & real
     finite = jnp.all(jnp.isfinite(x), -1)
     rank = token_hash(position)
     held = rank % HELD_OUT_EVERY == 0
-    kept = jnp.where((finite & ~held)[:, None], x, 0)
+    used = finite & ~held if real is None else finite & ~held & real
+    kept = jnp.where(used[:, None], x, 0)
     dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     gram = lax.ragged_dot_general(kept, kept, groups, dims, precision=lax.Precision.HIGHEST)
     share = member.astype(x.dtype)

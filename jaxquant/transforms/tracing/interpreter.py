@@ -53,6 +53,8 @@ class Interpreter:
       base: the loops whose iteration decides whether this scope runs at all.
       depends: for each variable, the loops from whose iterations its value follows.
       repeated: results of operations that models repeat, by what they were made of.
+      gathered: of arrays whose rows were gathered from those of another, by id: themselves, how many rows that had, and
+        which were taken.
     """
 
     handler: Handler
@@ -62,6 +64,7 @@ class Interpreter:
     base: Loops = frozenset()
     depends: dict[Any, Loops] = dataclasses.field(default_factory=dict)
     repeated: dict = dataclasses.field(default_factory=dict)
+    gathered: dict[int, tuple[jax.Array, int, jax.Array]] = dataclasses.field(default_factory=dict)
     closed: Any = None
 
     def run(self, closed: jexc.ClosedJaxpr, args: list, depends: list[Loops] | None = None) -> list:
@@ -91,6 +94,10 @@ class Interpreter:
         So an input that is cast anew for each weight is one input, and a layer taken at one position is one position.
         """
         name, scalar = eqn.primitive.name, all(v.aval.shape == () for v in eqn.outvars)
+        if name == "gather" and (ids := products.row_ids(eqn, ins)) is not None:
+            (rows,) = self.bind(eqn, ins)
+            self.gathered[id(rows)] = rows, len(ins[0]), ids
+            return [rows]
         if eqn.effects or (name not in RESHAPING and not (scalar and name in INDEXING)):
             return self.bind(eqn, ins)
         same = [(str(v.aval), np.asarray(v.val).tobytes()) if isinstance(v, jexc.Literal) else id(i)
@@ -138,7 +145,8 @@ class Interpreter:
 
     def inline(self, eqn, closed: jexc.ClosedJaxpr, args: list) -> list:
         """Runs an inner jaxpr as if its equations stood here: products in it share statistics with those around it."""
-        inner = Interpreter(self.handler, self.recorder, self.loops, self.tokens, self.base, repeated=self.repeated)
+        shared = {"repeated": self.repeated, "gathered": self.gathered}
+        inner = Interpreter(self.handler, self.recorder, self.loops, self.tokens, self.base, **shared)
         return inner.run(closed, args, self.depends_of(eqn))
 
     def scope(self, closed: jexc.ClosedJaxpr, depends: list[Loops], **options) -> "Scope":

@@ -105,11 +105,14 @@ class Observer:
                 again = (iteration > 0) if again is None else again | (iteration > 0)
         shard, shards = _shard(product)
         start = start + shard * jnp.uint32(n)
-        return start + jnp.arange(n, dtype=jnp.uint32), self._real(product, shard, shards), again
+        return start + jnp.arange(n, dtype=jnp.uint32), self._real(it, product, shard, shards), again
 
-    def _real(self, product: Product, shard: jax.Array, shards: int) -> jax.Array | None:
+    def _real(self, it, product: Product, shard: jax.Array, shards: int) -> jax.Array | None:
         if self.real is None:
             return None
+        n, ids = _gathered_from(it, product)
+        if ids is not None and n * shards == self.real.size:
+            return lax.dynamic_slice_in_dim(self.real.reshape(-1), shard * jnp.uint32(n), n)[ids]
         free = tuple(product.x.shape[d] for d in product.free_dims)
         rows = (free[0] * shards, *free[1:]) if free else ()
         if product.groups is None and rows in (self.real.shape, (self.real.size,)):
@@ -122,11 +125,25 @@ class Observer:
 def _observe(product: Product, x, groups, position, real) -> Moments:
     rows = dataclasses.replace(product, x=x).rows(gathered=True)
     if groups is not None:
-        return statistics.observe_groups(rows, position, groups)
+        return statistics.observe_groups(rows, position, groups, real)
     observe = statistics.observe
     for _ in product.batch_factors:
         observe = jax.vmap(observe, in_axes=(0, None, None))
     return observe(rows, position, real)
+
+
+def _gathered_from(it, product: Product) -> tuple[int, jax.Array | None]:
+    """How many rows there were, of which a ragged product takes some in another order, and which; None if unknown.
+
+    Known is an input that was gathered, and what is multiplied after it in the same groups.
+    """
+    if product.groups is None:
+        return 0, None
+    _, n, ids = it.gathered.get(id(product.x)) or it.gathered.get(id(product.groups), (None, 0, None))
+    if ids is None or len(ids) != product.tokens:
+        return 0, None
+    it.gathered[id(product.groups)] = product.groups, n, ids
+    return n, ids
 
 
 def _follows(it, product: Product) -> frozenset:

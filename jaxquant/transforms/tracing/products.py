@@ -193,3 +193,13 @@ def as_lookup(eqn, ins: list) -> Lookup | None:
         fill = eqn.params["fill_value"]
         fill = math.nan if fill is None else fill
     return Lookup(view, axis, indices[..., 0], fill, tuple(d.offset_dims))
+
+
+def row_ids(eqn, ins: list) -> jax.Array | None:
+    """The row of a matrix that a gather takes for each row of its result, `[rows]`; None if it takes something else."""
+    operand, indices = ins
+    d, whole = eqn.params["dimension_numbers"], (1, *operand.shape[1:])
+    if d.start_index_map != (0,) or d.collapsed_slice_dims != (0,) or d.operand_batching_dims:
+        return None
+    rows = operand.ndim == indices.ndim == 2 and d.offset_dims == (1,) and eqn.params["slice_sizes"] == whole
+    return indices[:, 0] if rows else None

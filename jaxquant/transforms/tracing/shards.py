@@ -59,6 +59,12 @@ def _with_payload(local: View, arg: View) -> View:
     if not isinstance(arg.payload, QTensor):
         return dataclasses.replace(local, payload=arg.payload, index=arg.index)
     payload = dataclasses.replace(arg.payload, in_shape=local.payload.in_shape)
+    name = dict(local.sharded).get(payload.contract[0] + len(local.sizes))
+    if payload.outlier_index is not None and name is not None:  # of all channels; here those of this device are
+        size = math.prod(payload.in_shape)
+        index = payload.outlier_index - size * lax.axis_index(name)
+        here = jnp.where((index >= 0) & (index < size), index, size)
+        payload = dataclasses.replace(payload, outlier_index=here)
     return dataclasses.replace(local, payload=payload, index=arg.index)
 
 
@@ -108,9 +114,11 @@ def _split_qtensor(v, local, of_axis, mesh, index) -> tuple | str:
         return PartitionSpec(*lead, k, *out)
 
     specs = jax.tree.map(spec, q)
-    if q.adapter_out is not None:  # its rows are ranks, of which every device has all
-        lead, _, out = names(q.adapter_out.shape)
-        specs = dataclasses.replace(specs, adapter_out=PartitionSpec(*lead, None, *out))
+    for field in ("adapter_out", "outlier_index", "outlier_weight"):  # their rows are no channels: all go everywhere
+        a = getattr(q, field)
+        if a is not None:
+            lead, _, out = names(a.shape)
+            specs = dataclasses.replace(specs, **{field: PartitionSpec(*lead, None, *out)})
     if q.contract_last:
         at, sizes = q.values.ndim - 1 - len(q.out), q.values.shape
         lead, k, out = names((*sizes[:at], sizes[-1], *sizes[at:-1]))
