@@ -280,11 +280,13 @@ def _progress() -> Iterator[workflows.Progress]:
 def _notes() -> Iterator[None]:
     """What the library logs (how much memory it will take) on standard error, a line each."""
     logger, handler = logging.getLogger("jaxquant"), logging.StreamHandler()
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library that has set up the root logger would repeat each line
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = propagate
