@@ -16,10 +16,12 @@ import shutil
 import struct
 import time
 
+import jax
 import pytest
-from small_models import random_model
+from small_models import in_order_of_groups, random_model
 
 import jaxquant as jq
+from jaxquant.numerics.qtensor import is_qtensor
 
 CASES = int(os.environ.get("JAXQUANT_FUZZ", "290"))
 ROOM = 3 * 2**30  # bytes of address space that reading may take
@@ -32,6 +34,7 @@ FORMATS = {  # format, and codes
     "float": ("jaxquant", None),
     "jaxquant": ("jaxquant", jq.QuantSpec(3, 16, symmetric=False)),
     "pack-quantized": ("compressed-tensors", jq.QuantSpec(4, 16, symmetric=False)),
+    "group": ("compressed-tensors", jq.int4(group_size=16)),
     "int-quantized": ("compressed-tensors", jq.int8(activations=jq.ActivationSpec())),
     "gptq": ("gptq", HALF),
     "awq": ("awq", HALF),
@@ -45,7 +48,10 @@ EFFORT = {name: 0.25 if name == "orbax" else 1 for name in FORMATS}  # its reade
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     for name, (format, spec) in FORMATS.items():
-        jq.save(root / name, *random_model(spec, **SMALL), format=format)
+        model, params = random_model(spec, **SMALL)
+        if name == "group":
+            params = jax.tree.map(in_order_of_groups, params, is_leaf=is_qtensor)
+        jq.save(root / name, model, params, format=format)
         jq.load_pretrained(root / name)  # compiles what reading needs
     return root
 
