@@ -2,12 +2,12 @@
 
     python benchmarks/qat.py [--steps N] [--settings NAME ...] [--out benchmarks/results/qat.json]
 
-Each setting is rounded to nearest (RTN), by GPTQ with refinement, by learned rounding, and trained: once with ranges
-that are the extremes of the weights, once with learned ones (LSQ). The loss of training is the divergence from the
-frozen float model, which knows no labels: the float model itself, trained so on the same tokens, stays what it is, so
-nothing is earned by going on with pretraining. Increase of the loss and divergence are measured on held-out text;
-`recovered` is the share of RTN's divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step times are
-medians of a step with rounded numbers and of one without, taken in turns.
+Each setting is rounded to nearest (RTN), by GPTQ with refinement, by rounding learned from there on, and trained from
+there on, with learned ranges (LSQ). The loss of training is the divergence from the frozen float model, which knows no
+labels: the float model itself, trained so on the same tokens, stays what it is, so nothing is earned by going on with
+pretraining. Increase of the loss and divergence are measured on held-out text; `recovered` is the share of RTN's
+divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step times are medians of a step with rounded numbers
+and of one without, taken in turns.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rounding
 
 import jaxquant as jq
 from jaxquant import workflows
@@ -39,8 +40,8 @@ RATES = {
 BATCH, LENGTH = 8, 256
 CALIBRATION = 128, 512
 WINDOWS, CONTEXT = 64, 512
-TIMED = 10
-ROWS_PER_BATCH, ROUNDING_STEPS, ROUNDING_RATE = 4, 200, 5e-3
+TIMED = 5
+ROUNDING_STEPS, ROUNDING_RATE = 100, 5e-3
 
 
 def batches(text: workflows.TextSource, steps: int) -> np.ndarray:
@@ -54,18 +55,19 @@ def distilled(model, logits, tokens, teacher) -> jax.Array:
     return jq.distillation_loss(logits, model.apply(teacher, tokens))
 
 
-def trained(model, params, recipe, rate: float, data: np.ndarray, learned: bool) -> tuple[Any, Any]:
-    """The converted parameters after one step per batch, and the losses."""
+def trained(model, params, qparams, spec, rate: float, data: np.ndarray) -> tuple[Any, list[float]]:
+    """What training makes of quantized parameters in one step per batch, and the losses."""
+    recipe = model.recipe(jq.LSQ(spec))
     fn = jq.fake_quantized(model.apply, recipe)
     schedule = functools.partial(optax.warmup_cosine_decay_schedule, 0.0, decay_steps=len(data), end_value=0.0)
     warm_up = max(1, len(data) // 20)
     optimizer = jq.qat_optimizer(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(rate, warm_up), b2=0.99, weight_decay=0.0)),
-        **({"ranges": schedule(rate / 4, warm_up)} if learned else {}),
+        ranges=schedule(rate / 4, warm_up),
         rules=[("params/embed_tokens/.*", None)],
     )
     losses: list[float] = []
-    state = jq.train_state(fn, params, optimizer, data[0])
+    state = jq.start_from(jq.train_state(fn, params, optimizer, data[0]), qparams)
     step = jq.train_step(fn, functools.partial(distilled, model), optimizer)
 
     def watch(_, loss):
@@ -75,23 +77,6 @@ def trained(model, params, recipe, rate: float, data: np.ndarray, learned: bool)
 
     state = jq.train(step, state, map(jnp.asarray, data), params, watch=watch)
     return jq.convert(state.params, state.qat, recipe), losses
-
-
-def reconstructed(model, params, qparams, samples: np.ndarray) -> Any:
-    """The parameters with rounding learned layer by layer from where it is."""
-
-    def blocks(tree):
-        count = len(model.blocks.windows)
-        layers = [jax.tree.map(lambda a, i=i: a[i : i + 1], tree["layers"]) for i in range(count)]
-        return [{"layers": own, "windows": model.blocks.windows[i : i + 1]} for i, own in enumerate(layers)]
-
-    tokens = jnp.asarray(samples).reshape(-1, ROWS_PER_BATCH, samples.shape[-1])
-    inputs = model.blocks.embed(params["embed_tokens"]["embedding"], tokens)
-    learned, errors = jq.reconstruct(
-        model.blocks.apply, blocks(params), blocks(qparams), inputs, steps=ROUNDING_STEPS, rate=ROUNDING_RATE
-    )
-    print("  errors of layers:", *(f"{e.before:.3g} -> {e.after:.3g}" for e in errors), flush=True)
-    return {**qparams, "layers": jax.tree.map(lambda *a: jnp.concatenate(a), *(b["layers"] for b in learned))}
 
 
 def step_times(model, params, data: np.ndarray) -> dict[str, float]:
@@ -114,34 +99,38 @@ def step_times(model, params, data: np.ndarray) -> dict[str, float]:
     return {name: float(np.median(taken[1:])) for name, taken in times.items()}
 
 
-def measure(steps: int, settings: list[str]) -> dict:
+def measure(steps: int, settings: list[str], out: Path) -> dict:
+    """Everything; what is done is written after each setting."""
     model, params = jq.load_pretrained("tinylm", dtype="float32")
     params = jax.tree.map(lambda a: a.astype("float32"), params)  # they are stored in half of that
     text = workflows.TextSource("tinylm")
     data = batches(text, steps)
-    samples = workflows.calibration_samples(model, text, None, *CALIBRATION)
+    samples = workflows.calibration_samples(model, text, None, *CALIBRATION).tokens
     held_out = text.corpus("held_out", WINDOWS * CONTEXT)
     stats = jq.calibrate(model.apply, params, workflows.batches(samples))
     results: dict[str, dict] = {}
+    measured = {"steps": steps, "tokens": int(data.size), "results": results}
+    measured["seconds"] = step_times(model, params, data)
+    print(measured["seconds"], flush=True)
     for name in settings:
-        spec, row = SPECS[name], {}
-        after = {
-            "RTN": jq.RTN(spec),
-            "GPTQ refined": jq.GPTQ(spec, clip="diagonal", refine=6),
-        }
-        for method, config in after.items():
-            qparams, _ = jq.quantize_params(params, stats, model.recipe(config))
+        spec, row = SPECS[name], results.setdefault(name, {})
+
+        def add(method, qparams, row=row, name=name):
             row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
+
+        add("RTN", jq.quantize_params(params, stats, model.recipe(jq.RTN(spec)))[0])
+        gptq = jq.GPTQ(spec, clip="diagonal", refine=6)
+        qparams, _ = jq.quantize_params(params, stats, model.recipe(gptq))
+        add("GPTQ refined", qparams)
         if spec.activations is None:
-            method = "GPTQ refined, learned rounding"
-            qparams = reconstructed(model, params, qparams, samples)
-            row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
-        for method, config in {"QAT": jq.RTN(spec), "QAT, learned ranges": jq.LSQ(spec)}.items():
-            recipe, learned = model.recipe(config), isinstance(config, jq.LSQ)
-            qparams, losses = trained(model, params, recipe, RATES[name], data, learned)
-            row[method] = compared(model, qparams, params, held_out, f"{name} {method}") | {"losses": losses}
-        results[name] = row
-    return {"steps": steps, "tokens": int(data.size), "results": results, "seconds": step_times(model, params, data)}
+            steps = {"steps": ROUNDING_STEPS, "rate": ROUNDING_RATE}
+            add("then learned rounding", rounding.learned(model, params, qparams, samples, **steps))
+        found, losses = trained(model, params, qparams, spec, RATES[name], data)
+        add("then QAT", found)
+        row["then QAT"]["losses"] = losses
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**environment.describe(), **measured}, indent=1) + "\n")
+    return measured
 
 
 def compared(model, qparams, params, tokens, what: str) -> dict[str, Any]:
@@ -165,14 +154,11 @@ def tables(measured: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--settings", nargs="+", choices=list(SPECS), default=list(SPECS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "qat.json")
     args = parser.parse_args()
-    measured = measure(args.steps, args.settings)
-    print(environment.line(), tables(measured), sep="\n\n")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**environment.describe(), **measured}, indent=1) + "\n")
+    print(environment.line(), tables(measure(args.steps, args.settings, args.out)), sep="\n\n")
 
 
 if __name__ == "__main__":

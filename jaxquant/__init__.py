@@ -39,6 +39,7 @@ from jaxquant.transforms.quantize import quantize_params as quantize_params
 from jaxquant.transforms.quantized import quantized as quantized
 from jaxquant.transforms.report import LayerReport as LayerReport
 from jaxquant.transforms.report import Report as Report
+from jaxquant.transforms.training.begin import start_from as start_from
 from jaxquant.transforms.training.convert import convert as convert
 from jaxquant.transforms.training.distill import distillation_loss as distillation_loss
 from jaxquant.transforms.training.fake_quantized import fake_quantized as fake_quantized

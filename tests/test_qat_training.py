@@ -1,5 +1,7 @@
 """Steps of training: what they change, what they leave, and where they stop."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,14 @@ import orbax.checkpoint as ocp
 import pytest
 from functions import normal
 
+from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.lsq import LSQ
 from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, int4
+from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.quantized import quantized
+from jaxquant.transforms.training.begin import start_from
 from jaxquant.transforms.training.convert import convert
 from jaxquant.transforms.training.distill import distillation_loss
 from jaxquant.transforms.training.fake_quantized import fake_quantized
@@ -71,6 +77,49 @@ def test_it_learns_and_is_converted(setup):
     qparams = convert(state.params, state.qat, RECIPE)
     want, _ = fn.apply(state.params, state.qat, BATCHES[0])
     np.testing.assert_allclose(quantized(net)(qparams, BATCHES[0]), want, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def compensated():
+    """States of trainings with learned ranges, and what GPTQ makes of the same weights: zero points, and a clip."""
+    specs = {"up": QuantSpec(bits=3, group_size=8, symmetric=False), "down": int4()}
+    recipe = [(path, LSQ(spec)) for path, spec in specs.items()]
+    methods = [(path, GPTQ(spec, clip="mse", refine=1)) for path, spec in specs.items()]
+    qparams, _ = quantize_params(PARAMS, calibrate(net, PARAMS, BATCHES), methods)
+    fn, optimizer = fake_quantized(net, recipe), qat_optimizer(optax.sgd(0.0), ranges=0.0)
+    state = train_state(fn, PARAMS, optimizer, BATCHES[0])
+    return train_step(fn, loss, optimizer), recipe, state, qparams
+
+
+def test_a_training_begins_with_what_another_method_has_quantized(compensated):
+    step, recipe, state, qparams = compensated
+    begun = start_from(state, qparams)
+    assert jax.tree.map(jax.typeof, begun) == jax.tree.map(jax.typeof, state)
+    for path, q in qparams.items():  # only those move that would be rounded to another code, or nearly so
+        scale, zero = (np.repeat(a, len(PARAMS[path]) // len(a), 0) for a in (q.scale, q.unsigned_zero_point))
+        place = PARAMS[path] / scale + zero - q.unsigned_codes
+        stays = np.abs(place) < 0.39
+        assert 0.4 < np.mean(stays) < 0.95
+        np.testing.assert_allclose(begun.params[path][stays], PARAMS[path][stays], rtol=1e-5)
+    state, _ = step(fresh(begun), BATCHES[0], PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, convert(state.params, state.qat, recipe), qparams)
+
+
+def test_a_training_does_not_begin_with_what_it_cannot_stand_for(compensated):
+    _, _, state, qparams = compensated
+    with pytest.raises(ValueError, match=r"'up' is QuantSpec\(bits=4.* and is trained as QuantSpec\(bits=3"):
+        start_from(state, qparams | {"up": qparams["down"]})
+    with pytest.raises(ValueError, match="'down' is trained with rounded numbers, and is not quantized"):
+        start_from(state, qparams | {"down": PARAMS["down"]})
+    scaled = dataclasses.replace(qparams["down"], channel_scale=jnp.ones((64, 1)))
+    with pytest.raises(ValueError, match="'down' has channel_scale"):
+        start_from(state, qparams | {"down": scaled})
+    extremes = train_state(fake_quantized(net, RTN(int4())), PARAMS, qat_optimizer(optax.sgd(0.0)), BATCHES[0])
+    with pytest.raises(ValueError, match="'down' is trained with the extremes as its range"):
+        start_from(extremes, qparams)
+    late = dataclasses.replace(state, qat=dataclasses.replace(state.qat, step=jnp.int32(2)))
+    with pytest.raises(ValueError, match="step=2: the training has begun"):
+        start_from(late, qparams)
 
 
 def test_a_restored_training_takes_the_very_same_next_step(setup, tmp_path):
