@@ -56,7 +56,7 @@ def test_gptq_checkpoint_has_the_same_perplexity_in_transformers_and_beats_rtn(f
         theirs = loss_in_transformers(out, np.load(folder / "held.npy"))
         assert math.log(found["perplexity"]) == pytest.approx(theirs, rel=1e-5)
         increase[method] = found["comparison"]["loss_increase"]["mean"]
-    assert 0 < increase["gptq"] < increase["rtn"] / 2  # benchmarks/README.md has the exact ratio, on more text
+    assert 0 < increase["gptq"] < increase["rtn"] * 0.6  # benchmarks/README.md has the exact ratio, on more text
 
 
 def test_the_float_model_is_the_same_in_transformers(folder, capsys):
