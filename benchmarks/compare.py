@@ -114,9 +114,11 @@ def plot(rows: list[dict], file: Path) -> None:
         own = [row for row in rows if row["tool"] == tool]
         seconds, increases = ([row[key] for row in own] for key in ("seconds", "increase"))
         axes.errorbar(seconds, increases, [row["stderr"] for row in own], fmt="o", capsize=3, label=tool)
-        for row in own:
-            axes.annotate(row["method"], (row["seconds"], row["increase"]), (5, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="seconds to quantize, compilation included", ylim=(0, None))
+        for i, row in enumerate(own):
+            place = row["seconds"], row["increase"]
+            axes.annotate(row["method"], place, (5, -12 if i % 2 else 5), textcoords="offset points")
+    most = max(row["seconds"] for row in rows)
+    axes.set(xscale="log", xlabel="seconds to quantize, compilation included", ylim=(0, None), xlim=(None, 2.5 * most))
     axes.set(ylabel="loss increase, nats per token", title="the packaged model at 4 bits, groups of 128")
     axes.legend()
     FigureCanvasAgg(figure).print_png(os.fspath(file))
