@@ -14,7 +14,6 @@ included; memory is the peak resident set until then.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -42,14 +41,6 @@ FLAGS = {
     "GPTQ refined": ["--method", "gptq", "--clip", "diagonal", "--refine", "6"],
     "AWQ + GPTQ refined": ["--method", "awq+gptq", "--clip", "diagonal", "--refine", "6"],
 }
-
-
-def run(command: list) -> dict:
-    """What a process printed as its last line."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def commands(pythons: dict[str, str | None], folder: Path) -> dict[tuple[str, str], list]:
@@ -86,7 +77,7 @@ def measure(pythons: dict[str, str | None]) -> list[dict]:
             writes = tool in ("jaxquant", "llm-compressor")
             out = folder / f"{tool} {method}{'' if writes else '.npy'}"
             settings = [json.dumps({"method": method.lower()})] if tool == "llm-compressor" else []
-            spent = run([*command, out, *settings])
+            spent = environment.run([*command, out, *settings])
             found = losses(out, torch.from_numpy(windows)) if writes else np.load(out)
             mean, stderr = estimate(found - floats)
             version = spent.get("version") or metadata.version("jaxquant")

@@ -1,6 +1,7 @@
-"""Where a benchmark ran: printed above every table."""
+"""Where a benchmark ran, which is printed above every table; and other programs that it runs."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -34,6 +35,14 @@ def describe(peer: str | None = None) -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in packages},
         **({} if peer is None else _peer_versions(peer)),
     }
+
+
+def run(command: list) -> dict:
+    """What a process printed as its last line, as JSON."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _peer_versions(python: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import Any
 import environment
 import numpy as np
 import torch
+from peers import torch_ptq
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -69,13 +70,7 @@ def theirs(peer: str, tokens: Path, out: Path, spec: jq.QuantSpec, **options) ->
 
 def losses(directory: Path, windows: torch.Tensor) -> np.ndarray:
     """Negative log-likelihood per token, as the mean of each window."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    means = []
-    with torch.no_grad():
-        for batch in windows.split(8):
-            logs = model(batch).logits[:, :-1].log_softmax(-1)
-            means.append(-logs.gather(-1, batch[:, 1:, None])[..., 0].double().mean(-1))
-    return torch.cat(means).numpy()
+    return torch_ptq.losses(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), windows)
 
 
 def estimate(difference: np.ndarray) -> tuple[float, float]:

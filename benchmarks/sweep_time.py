@@ -9,7 +9,6 @@ LLM.int8(). Seconds are of whole jobs without imports, compilation included.
 
 import argparse
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -57,8 +56,7 @@ def theirs(peer: str, samples: np.ndarray) -> float:
         np.save(Path(folder) / "tokens.npy", samples)
         script = Path(__file__).parent / "peers" / "llmcompressor_oneshot.py"
         command = [peer, script, TINYLM, Path(folder) / "tokens.npy", Path(folder) / "out", '{"method": "awq"}']
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
+        return environment.run(command)["seconds"]
 
 
 if __name__ == "__main__":

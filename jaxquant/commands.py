@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxquant import inspection, workflows, writing
+from jaxquant.checkpoints.directory import write_whole
 from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.kernels import tune as tuning
 from jaxquant.methods.awq import AWQ
@@ -28,8 +29,6 @@ from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.models.generation import GREEDY, Sampling
 from jaxquant.numerics.kv_cache import CacheSpec
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec
-from jaxquant.reporting import page
-from jaxquant.reporting.collect import Row, collect
 
 _READERS = {  # of the options that not every method reads
     "no_act_order": ("gptq",),
@@ -206,7 +205,7 @@ def tune(args: Namespace) -> None:
     with _progress() as progress:
         found, failed = tuning.tune(chip, args.shapes, args.tokens, args.weights, progress=progress)
     about = {"jax": jax.__version__, "failed": failed}
-    found.write(Path(args.out), about)
+    write_whole(Path(args.out), found.to_json(about))
     if args.json:
         return _print_json({"out": args.out, "chip": chip, "rows": len(found.rows), **about})
     for line in failed:
@@ -226,6 +225,9 @@ def _cells(leaf: inspection.Leaf) -> tuple[str, ...]:
 
 def report(args: Namespace) -> None:
     """Runs `jaxquant report`. Errors as the library's."""
+    from jaxquant.reporting import page  # with a template engine, which no other command waits for
+    from jaxquant.reporting.collect import collect
+
     page.check_writable(args.out)
     with _progress() as progress:
         found = collect(args.models, baseline=args.baseline, data=args.data, context=args.context, progress=progress)
@@ -238,7 +240,7 @@ def report(args: Namespace) -> None:
     print(f"written: {args.out}")
 
 
-def _summary(row: Row) -> dict[str, Any]:
+def _summary(row) -> dict[str, Any]:
     numbers = {"nbytes": row.nbytes, "perplexity": row.perplexity, "errors": row.errors}
     comparison = None if row.comparison is None else _plain(row.comparison)
     return {"name": row.name, **row.storage._asdict(), **numbers, "comparison": comparison}

@@ -21,6 +21,7 @@ from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.memory import types_bytes
 from jaxquant.transforms.quantize import quantize_params
 
 WIDTHS = (8, 4, 3, 2)
@@ -107,7 +108,7 @@ def run(progress: workflows.Progress = workflows.silent) -> Demo:
         float_perplexity = result.baseline_perplexity
         rows.append(_row(name, config.spec, quantized, result, seconds))
     progress("quantizing and evaluating", len(configs), len(configs))
-    size, device = _nbytes(params), jax.devices()[0].device_kind
+    size, device = types_bytes(params), jax.devices()[0].device_kind
     return Demo(size, float_perplexity, samples.size, calibration_seconds, tokens.size, GROUP_SIZE, jax.__version__,
                 device, tuple(rows))  # fmt: skip
 
@@ -126,7 +127,7 @@ def _row(method: str, spec: QuantSpec, params: Any, result, seconds: float) -> R
         method=method,
         bits=spec.bits,
         activation_bits=16 if spec.activations is None else spec.activations.bits,
-        size=_nbytes(params),
+        size=types_bytes(params),
         relative_size=stored / 16,
         bits_per_weight=stored,
         perplexity=result.perplexity,
@@ -136,10 +137,6 @@ def _row(method: str, spec: QuantSpec, params: Any, result, seconds: float) -> R
         top1_agreement=result.top1_agreement.mean,
         seconds=seconds,
     )
-
-
-def _nbytes(params: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def save(demo: Demo, out: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from jaxquant.opening import SOURCE, Checkpoint
 from jaxquant.parts import ModelParts
 from jaxquant.preflight import Preflight
 from jaxquant.pretrained import Format
+from jaxquant.transforms.memory import types_bytes
 from jaxquant.transforms.meshes import placed, put_batch
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.report import Report, stacked_reports
@@ -163,11 +164,11 @@ class LayerByLayer:
 
     def _write_layer(self, layer: int, params: Mapping[str, Any], report: Report, directory: Path) -> dict[str, Any]:
         note = self._parts.write_layer(directory, layer, params)
-        return {**note, "report": report.to_dict(), "nbytes": _nbytes(params)}
+        return {**note, "report": report.to_dict(), "nbytes": types_bytes(params)}
 
     def _copy(self, run: Run, name: str) -> None:
         outer = self.checkpoint.outer(name)
-        run.add(lambda directory: {**self._parts.write_outer(directory, outer), "nbytes": _nbytes(outer)})
+        run.add(lambda directory: {**self._parts.write_outer(directory, outer), "nbytes": types_bytes(outer)})
 
     def _report(self, notes: Sequence[Mapping[str, Any]]) -> Report:
         """The report on the whole model."""
@@ -198,7 +199,3 @@ def _digest(checkpoint: Checkpoint) -> str:
             where = f"{checkpoint.directory}: {name}"
             raise ValueError(f"{where}: {bad} of its {array.size} entries are not finite; repair it first")
     return digest.hexdigest()
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jaxquant as jq
 from jaxquant import cli
+from jaxquant.checkpoints.directory import write_whole
 from jaxquant.kernels import mosaic_tpu, mosaic_tpu_kernels, tune
 from jaxquant.kernels.matmul import chosen
 from jaxquant.kernels.tuned import Product, TunedTiles, read_tiles
@@ -71,7 +72,7 @@ def test_nothing_that_runs_is_an_error():
 
 def test_a_file_gives_kernels_their_tiles(found, tmp_path, monkeypatch):
     tuned, failed = found
-    tuned.write(tmp_path / "tiles.json", {"failed": failed})
+    write_whole(tmp_path / "tiles.json", tuned.to_json({"failed": failed}))
     assert [path.name for path in tmp_path.iterdir()] == ["tiles.json"]
     assert read_tiles(tmp_path / "tiles.json") == tuned
     built, product = [], mosaic_tpu_kernels.product

@@ -34,6 +34,7 @@ def torchao(network) -> None:
 
 
 def losses(network, windows: torch.Tensor) -> np.ndarray:
+    """Negative log-likelihood per token, as the mean of each window."""
     means = []
     with torch.no_grad():
         for batch in windows.split(8):

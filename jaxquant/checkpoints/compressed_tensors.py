@@ -120,10 +120,10 @@ class CompressedTensors(QuantizedTensors):
     def _ascends(self, module: str) -> bool:
         """Whether the groups of a weight follow one another. ValueError unless all are of one size."""
         name = f"{module}.{INDEX}"
-        if name not in self._tensors or (self._tensors[name] == -1).all():
+        if name not in self._tensors or ((index := self._tensors[name]) == -1).all():
             return True
         _, (_, groups) = self._tensors.layout(f"{module}.weight_scale")
-        return ascends(name, self._tensors[name], groups)
+        return ascends(name, index, groups)
 
     def _check(self, module: str, found: set[str], group: Group) -> None:
         """Compares the parts of a weight with what its group says."""

@@ -14,6 +14,7 @@ import glob
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +167,32 @@ def flush(directory: Path) -> None:
         for name in files:
             sync(Path(folder, name))
         sync(Path(folder))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text file, which has all of it or is what it was before.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    made, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".partial", dir=file.parent)
+    partial = Path(name)
+    try:
+        with open(made, "w", encoding="utf-8", newline="\n") as opened:
+            opened.write(text)
+        partial.chmod(0o666 & ~_umask())  # mkstemp's are for their owner alone
+        sync(partial)
+        os.replace(partial, file)
+        sync(file.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
+            partial.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:

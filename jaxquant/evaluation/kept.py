@@ -11,15 +11,15 @@ class Kept:
     """A JSON Lines file: a header that names the run, and a line for each result.
 
     Attributes:
-      path: of the file.
+      path: of the file; None where results stay in memory.
       results: those that are there, from earlier runs too.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], kind: type):
+    def __init__(self, path: Path | None, header: dict[str, Any], kind: type):
         """Reads the file, or begins it; a line that was cut off is dropped from it.
 
         Args:
-          path: of the file; its directory is made if need be.
+          path: of the file, whose directory is made if need be; None for no file.
           header: all that the results depend on, as JSON knows it.
           kind: of every result.
 
@@ -27,6 +27,8 @@ class Kept:
           ValueError: the file belongs to another run.
         """
         self.path, self.results = path, list[Any]()
+        if path is None:
+            return
         whole = path.read_bytes() if path.exists() else b""
         end = whole.rfind(b"\n") + 1
         if end < len(whole):
@@ -49,6 +51,8 @@ class Kept:
         self._append(results)
 
     def _append(self, values: Sequence[Any]) -> None:
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))

@@ -6,7 +6,6 @@ Techniques, 2.30). Differences are paired: both models see the same windows, and
 cancels.
 """
 
-import dataclasses
 import functools
 import hashlib
 import math
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.evaluation.kept import Kept
-from jaxquant.evaluation.windows import Windows, batches, cut_windows
+from jaxquant.evaluation.windows import batches, cut_windows
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms import meshes
 from jaxquant.transforms.jobs import count_not_finite
@@ -95,8 +94,8 @@ def perplexity(
     def sums(window, scored):
         return (_loss_sums(fn, params, window, scored),)
 
-    run = _Run(cut_windows(tokens, context, stride), batch_size, kept, fingerprint, progress)
-    count, (loss,) = run.over_windows(sums, {"params": params})
+    windows = cut_windows(tokens, context, stride)
+    count, (loss,) = _over_windows(sums, {"params": params}, windows, batch_size, kept, fingerprint, progress)
     return _perplexity(loss, count)
 
 
@@ -145,9 +144,8 @@ def compare(
     def sums(window, scored):
         return _paired_sums(fn, baseline_fn or fn, params, baseline_params, window, scored)
 
-    run = _Run(cut_windows(tokens, context, stride), batch_size, kept, fingerprint, progress)
-    held = {"params": params, "baseline_params": baseline_params}
-    count, (loss, base, kl, agree) = run.over_windows(sums, held)
+    windows, held = cut_windows(tokens, context, stride), {"params": params, "baseline_params": baseline_params}
+    count, (loss, base, kl, agree) = _over_windows(sums, held, windows, batch_size, kept, fingerprint, progress)
     return Comparison(
         tokens=int(count.sum()),
         perplexity=_perplexity(loss, count),
@@ -158,40 +156,22 @@ def compare(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One pass over windows. Attributes as the arguments of `perplexity`."""
-
-    windows: Windows
-    batch_size: int
-    kept: Path | None
-    fingerprint: str
-    progress: Callable[[int, int], None] | None
-
-    def over_windows(self, sums, trees):
-        """Scored tokens per window, and each measure's sum per window. `trees` are those `sums` uses, by argument."""
-        total, mesh = len(self.windows.tokens), meshes.mesh_of(trees)
-        file = None if self.kept is None else Kept(self.kept, self._header, list)
-        results = [] if file is None else list(file.results)
-        for i, batch in enumerate(batches(self.windows, self.batch_size)):
-            if i == len(results):
-                batch = batch if mesh is None else jax.tree.map(lambda a: meshes.put_batch(a, mesh), batch)
-                results.append(
-                    [a.astype(np.float64).tolist() for a in meshes.fetched(sums(batch.tokens, batch.scored))]
-                )
-                if file is not None:
-                    file.add(results[-1:])
-            if self.progress is not None:
-                self.progress(min((i + 1) * self.batch_size, total), total)
-        measures = [np.concatenate(parts)[:total] for parts in zip(*results, strict=True)]
-        if not all(np.isfinite(m).all() for m in measures):
-            raise ValueError(f"a prediction is not finite: {_why_not_finite(trees)}")
-        return self.windows.scored.sum(1), measures
-
-    @property
-    def _header(self) -> dict[str, Any]:
-        digest = hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in self.windows)).hexdigest()
-        return {"fingerprint": self.fingerprint, "windows": digest, "batch_size": self.batch_size}
+def _over_windows(sums, trees, windows, batch_size, kept, fingerprint, progress):
+    """Scored tokens per window, and each measure's sum per window. `trees` are those that `sums` uses, by argument."""
+    digest = hashlib.sha256(b"".join(f"{a.shape}".encode() + a.tobytes() for a in windows)).hexdigest()
+    found = Kept(kept, {"fingerprint": fingerprint, "windows": digest, "batch_size": batch_size}, list)
+    total, mesh = len(windows.tokens), meshes.mesh_of(trees)
+    for i, batch in enumerate(batches(windows, batch_size)):
+        if i == len(found.results):
+            batch = batch if mesh is None else jax.tree.map(lambda a: meshes.put_batch(a, mesh), batch)
+            sums_of_batch = meshes.fetched(sums(batch.tokens, batch.scored))
+            found.add([[a.astype(np.float64).tolist() for a in sums_of_batch]])
+        if progress is not None:
+            progress(min((i + 1) * batch_size, total), total)
+    measures = [np.concatenate(parts)[:total] for parts in zip(*found.results, strict=True)]
+    if not all(np.isfinite(m).all() for m in measures):
+        raise ValueError(f"a prediction is not finite: {_why_not_finite(trees)}")
+    return windows.scored.sum(1), measures
 
 
 def _why_not_finite(trees) -> str:

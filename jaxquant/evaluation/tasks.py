@@ -134,16 +134,12 @@ def predictions(
         raise ValueError(f"batch_size={batch_size} must be 1 or more prompts")
     prompts = [example.prompt for example in examples]
     header = {"fingerprint": fingerprint, "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-    file = None if kept is None else Kept(kept, header, str)
-    made = [] if file is None else file.results[: len(prompts)]
-    for start in range(len(made), len(prompts), batch_size):
-        new = list(write(prompts[start : start + batch_size]))
-        made += new
-        if file is not None:
-            file.add(new)
+    made = Kept(kept, header, str)
+    for start in range(len(made.results), len(prompts), batch_size):
+        made.add(list(write(prompts[start : start + batch_size])))
         if progress is not None:
-            progress(len(made), len(prompts))
-    return made
+            progress(len(made.results), len(prompts))
+    return made.results[: len(prompts)]
 
 
 def score(name: str, examples: Sequence[Example], made: Sequence[str], baseline: Sequence[str] | None) -> TaskResult:

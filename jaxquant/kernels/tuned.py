@@ -55,16 +55,14 @@ class TunedTiles:
         own = [(m, tiles) for product, m, tiles in self.rows if product == product_of(q)]
         return tuple(sorted(own, key=lambda row: row[0]))
 
-    def write(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Writes a JSON file, whole or not at all, with what else is to be said `about` it."""
+    def to_json(self, about: Mapping[str, Any]) -> str:
+        """What `read_tiles` reads from a file, with what else is to be said `about` it."""
         rows = [{**product._asdict(), "tokens": m, "tiles": _stated(tiles)} for product, m, tiles in self.rows]
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps({"format": FORMAT, "chip": self.chip, "rows": rows, **about}, indent=1) + "\n")
-        os.replace(beside, path)
+        return json.dumps({"format": FORMAT, "chip": self.chip, "rows": rows, **about}, indent=1) + "\n"
 
 
 def read_tiles(path: str | os.PathLike) -> TunedTiles:
-    """Reads what `TunedTiles.write` wrote.
+    """Reads a file of `TunedTiles.to_json`.
 
     Raises:
       ValueError: it is no such file.

@@ -152,12 +152,12 @@ def observe_groups(x: jax.Array, position: jax.Array, groups: jax.Array, real: j
     end = jnp.cumsum(groups)
     row = jnp.arange(x.shape[0])
     member = (row < end[:, None]) & (row >= (end - groups)[:, None])  # [E, T]
-    member = member if real is None else member & real
     finite = jnp.all(jnp.isfinite(x), -1)
+    real = jnp.ones_like(finite) if real is None else real
+    member &= real
     rank = token_hash(position)
     held = rank % HELD_OUT_EVERY == 0
-    used = finite & ~held if real is None else finite & ~held & real
-    kept = jnp.where(used[:, None], x, 0)
+    kept = jnp.where((finite & real & ~held)[:, None], x, 0)
     dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     gram = lax.ragged_dot_general(kept, kept, groups, dims, precision=lax.Precision.HIGHEST)
     share = member.astype(x.dtype)

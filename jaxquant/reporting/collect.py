@@ -17,10 +17,11 @@ from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.reporting import texts
 from jaxquant.reporting.errors import relative_errors
-from jaxquant.reporting.opened import Opened, Storage, Tally, linear, nbytes, num_weights, open_checkpoint, short_name
+from jaxquant.reporting.opened import Opened, Storage, Tally, linear, num_weights, open_checkpoint, short_name
 from jaxquant.reporting.ranges import LayerRange, held_out_rows, input_ranges
 from jaxquant.transforms.calibrate import Statistics, calibrate
 from jaxquant.transforms.fold import unfolded
+from jaxquant.transforms.memory import types_bytes
 from jaxquant.workflows import Progress, TextSource, batches, evaluation_tokens, silent
 
 SAMPLES = 8  # windows of the data that the baseline is calibrated with
@@ -296,5 +297,5 @@ class _Session:
 
 def _row(opened: Opened, key: str, storage: Storage, errors: Mapping[str, Mapping[int, float]]) -> Row:
     whole = opened.params is not None
-    sizes = (nbytes(opened.params), num_weights(opened.params)) if whole else (None, None)
+    sizes = (types_bytes(opened.params), num_weights(opened.params)) if whole else (None, None)
     return Row(opened.name, key, storage, sizes[0], sizes[1], errors=errors)

@@ -133,11 +133,6 @@ class Tally:
         return Storage("".join(kinds[:1]) + others, bits, tuple(self._missing))
 
 
-def nbytes(params: Any) -> int:
-    """Bytes of all parameters, as memory holds them."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-
-
 def num_weights(params: Any) -> int:
     """Parameters, a QTensor counting as many as it stands for."""
     return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_qtensor))

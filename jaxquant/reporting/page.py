@@ -5,17 +5,15 @@ escapes all of it, letters that are not to be seen are spelled out, and the page
 scripts and everything that would have to be fetched.
 """
 
-import contextlib
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
 
-from jaxquant.checkpoints.directory import sync
+from jaxquant.checkpoints.directory import write_whole
 from jaxquant.reporting import figures
 from jaxquant.reporting.collect import Findings
 
@@ -28,19 +26,7 @@ def write(findings: Findings, path: str | os.PathLike) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    target = check_writable(path)
-    made, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    partial = Path(name)
-    try:
-        with open(made, "w", encoding="utf-8", newline="\n") as file:
-            file.write(render(findings))
-        partial.chmod(0o666 & ~_umask())  # mkstemp's are for their owner alone
-        sync(partial)
-        os.replace(partial, target)
-        sync(target.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):  # it was renamed
-            partial.unlink()
+    write_whole(check_writable(path), render(findings))
 
 
 def check_writable(path: str | os.PathLike) -> Path:
@@ -53,12 +39,6 @@ def check_writable(path: str | os.PathLike) -> Path:
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"cannot write into {target.parent}: no permission")
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def render(findings: Findings) -> str:
