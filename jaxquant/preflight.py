@@ -23,6 +23,7 @@ from jaxquant.transforms import memory
 from jaxquant.transforms.jobs import CHUNK_BYTES
 from jaxquant.transforms.memory import MemoryEstimate, shown
 from jaxquant.transforms.recipe import needs_statistics
+from jaxquant.transforms.stream import Needs
 
 logger = logging.getLogger("jaxquant")
 
@@ -41,9 +42,9 @@ class Preflight:
       count: how many such layers there are.
       outer: bytes of the parameters outside of the layers, which are kept as they are.
       activations: bytes of the inputs of one layer for all samples; 0 without calibration.
+      held: bytes of all samples that are kept meanwhile, at most.
       tokens: in all samples.
-      passes: through each layer.
-      calibration: what `calibrate` takes for one layer; None without calibration.
+      calibration: what calibrating one layer takes for one batch; None without calibration.
     """
 
     layer: Mapping[str, Any]
@@ -51,9 +52,9 @@ class Preflight:
     count: int
     outer: int
     activations: int
+    held: int
     tokens: int
-    passes: int
-    calibration: MemoryEstimate | None
+    calibration: Needs | None
 
     def check(self, path: str | os.PathLike) -> None:
         """Logs the peak of memory, the room that the directory `path` will take, and the time.
@@ -76,13 +77,13 @@ class Preflight:
     @property
     def memory(self) -> MemoryEstimate:
         """The peak of memory, beside what is held already."""
-        parts = {} if self.calibration is None else dict(self.calibration.parts)
+        parts = {} if self.calibration is None else dict(self.calibration.memory.parts)
         statistics = parts.pop("statistics", 0)
         matrices = [4 * k * (k + n) for k, n in self._shapes.values()]
         working = _AT_WORK * min(max(CHUNK_BYTES, *matrices), sum(matrices)) + self._quantized
         held = {
             "one layer": sum(leaf.nbytes for leaf in self.layer.values()),
-            "activations": self.activations,
+            "activations": self.held,
             "statistics": statistics,
             "work": max(sum(parts.values()), statistics, working),
         }
@@ -97,8 +98,8 @@ class Preflight:
     @property
     def operations(self) -> float:
         """Additions and multiplications: of the passes, of the statistics, and of the methods."""
-        forward = 2 * self.tokens * self.passes * sum(k * n for k, n in self._shapes.values())
-        grams = 0 if self.calibration is None else self.tokens * self.calibration.parts.get("statistics", 0) / 4
+        forward = 2 * self.tokens * sum(k * n for k, n in self._shapes.values())
+        grams = 0 if self.calibration is None else self.tokens * self.calibration.statistics / 4
         solved = [self._shapes[path] for path, config in self.configs.items() if needs_statistics(config)]
         return self.count * (forward + grams + sum(2.0 * _SOLVER * k * k * (k + n) for k, n in solved))
 

@@ -97,12 +97,12 @@ class LayerByLayer:
         return Stream(apply, self.rules, None, masks=masks, predecessors=self.predecessors)
 
     def _preflight(self, stream: Stream) -> Preflight:
-        layer, tokens, activations, calibration = self._layer(0), 0, 0, None
+        layer, tokens, activations, held, calibration = self._layer(0), 0, 0, 0, None
         if self.samples is not None:
             batch, tokens = self._batches[0], self.samples.tokens.size
             x = self._embedded(batch)
-            activations = x.nbytes * tokens // batch.tokens.size
             calibration = stream.prepare(layer, x, batch.real)
+            activations, held = (size * tokens // batch.tokens.size for size in (x.nbytes, calibration.held))
         leaves = {path: leaf for path, leaf in named_leaves(layer) if path != "windows"}
         weights = {path for path, leaf in leaves.items() if is_matrix(leaf)}
         return Preflight(
@@ -111,8 +111,8 @@ class LayerByLayer:
             self._count,
             self.checkpoint.outer_nbytes,
             activations,
+            held,
             tokens,
-            1 + (self.predecessors == "quantized"),
             calibration,
         )
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -53,6 +54,33 @@ class Statistics:
     notes: tuple[tuple[str, str], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Uses:
+    """What is known of a function without data.
+
+    Attributes:
+      products: the weights that a product consumes, and which sites each reads.
+      lookups: paths of weights whose rows are looked up.
+      sites: bytes of the statistics of each site.
+    """
+
+    products: Mapping[str, set[int]]
+    lookups: frozenset[str]
+    sites: list[int]
+
+    def statistics_bytes(self, weights: Iterable[str]) -> int:
+        """Bytes of the statistics of some weights."""
+        return sum(self.sites[site] for site in set().union(*(self.products.get(path, ()) for path in weights)))
+
+
+def uses(fn: Callable, params: Any, batch: Any, recipe: Any) -> Uses:
+    """How a function uses its weights, by tracing alone. Arguments and errors as `calibrate`."""
+    program = _Program(fn, params, batch, None, recipe)
+    found, _ = used_axes(program.uses, program.sizes)
+    products = {path: inputs.sites for path, (_, _, inputs) in found.items()}
+    return Uses(products, frozenset(program.lookups), [memory.types_bytes(moments) for moments in program.types])
+
+
 def calibrate(
     fn: Callable,
     params: Any,
@@ -90,7 +118,7 @@ def calibrate(
       [3.0, 4.0]
     """
     masked = ((batch, None if mask is None else jnp.asarray(mask(batch), bool)) for batch in batches)
-    return Calibration(fn, recipe).run(params, masked)[0]
+    return Calibration(fn, recipe).run(params, ((batch, real, tokens(batch, real)) for batch, real in masked))[0]
 
 
 class Calibration:
@@ -100,22 +128,32 @@ class Calibration:
 
     Args:
       fn, recipe: as for `calibrate`.
-      keep_results: whether `run` returns what the function gave for each batch.
+      keep: what `run` returns of the function's result for each batch; None returns nothing of it.
+      level: at which the memory it takes is logged.
     """
 
-    def __init__(self, fn: Callable, recipe: Any = None, *, keep_results: bool = False):
-        self._fn, self._recipe, self._keep_results = fn, recipe, keep_results
+    def __init__(
+        self,
+        fn: Callable,
+        recipe: Any = None,
+        *,
+        keep: Callable[[Any], Any] | None = None,
+        level: int = logging.INFO,
+    ):
+        self._fn, self._recipe, self._keep, self._level = fn, recipe, keep, level
         self._programs: dict[tuple, _Program] = {}
 
-    def run(self, params: Any, batches: Iterable[tuple[Any, jax.Array | None]]) -> tuple[Statistics, list]:
-        """One pass over batches, each with its mask or None. Returns the statistics and the function's results.
+    def run(self, params: Any, batches: Iterable[tuple[Any, jax.Array | None, int]]) -> tuple[Statistics, list]:
+        """One pass over batches, each with its mask or None and its `tokens`.
+
+        Returns the statistics, and what is kept of the function's results.
 
         Errors as `calibrate`.
         """
         used: list[_Program] = []
         total, position, results = None, 0, []
         kind = _kind(params)
-        for batch, real in batches:
+        for batch, real, count in batches:
             program = self._program((kind, *_kind((batch, real))), params, batch, real, begun=total is not None)
             if program not in used:
                 used.append(program)
@@ -124,7 +162,7 @@ class Calibration:
             jax.block_until_ready(total)  # or statistics of several batches would wait in memory
             total, result = program.add(program.nothing() if total is None else total, params, batch, position, real)
             results.append(result)
-            position += _tokens(batch, real)
+            position += count
         if total is None:
             raise ValueError("calibration needs at least one batch, but `batches` is empty")
         return _finish(used, total), results
@@ -135,9 +173,9 @@ class Calibration:
 
     def _program(self, key: tuple, params, batch, real: jax.Array | None, begun: bool) -> "_Program":
         if key not in self._programs:
-            program = _Program(self._fn, params, batch, real, self._recipe, self._keep_results)
+            program = _Program(self._fn, params, batch, real, self._recipe, self._keep)
             program.needed = program.memory(params, batch, real, begun)
-            memory.ensure_fits(program.needed, params)
+            memory.ensure_fits(program.needed, params, self._level)
             self._programs[key] = program
         return self._programs[key]
 
@@ -148,7 +186,7 @@ def _kind(batch) -> tuple:
     return structure, *((a.shape, a.dtype) if interpreter.traceable(a) else a for a in leaves)
 
 
-def _tokens(batch, real) -> int:
+def tokens(batch: Any, real: jax.Array | None) -> int:
     """Tokens in a batch: entries of the mask, or of the first array, whose last axis does not count if it is float."""
     if real is not None:
         return real.size
@@ -163,7 +201,7 @@ class _Program:
 
     needed: MemoryEstimate
 
-    def __init__(self, fn, params, batch, real, recipe, keep_results=False):
+    def __init__(self, fn, params, batch, real, recipe, keep=None):
         closed, structure, leaves, arrays = interpreter.trace(fn, params, (batch,))
         self.sizes = {path: np.shape(leaf) for path, leaf in leaves}
         own = dict(interpreter.named_leaves(params, is_qtensor))  # without the parts of what is quantized already
@@ -175,22 +213,22 @@ class _Program:
             named = [(path, value) for (path, _), value in zip(leaves, values, strict=True)]
             outs, _ = interpreter.start(observer, closed, named, arrays, lambda path, _: path in taken, recorder)
             self.uses, self.notes, self.lookups = recorder.uses, observer.notes, observer.lookups
-            result = jax.tree.unflatten(structure, observer.results(outs)) if keep_results else None
-            return recorder.merged(), result
+            result = jax.tree.unflatten(structure, observer.results(outs))
+            return recorder.merged(), None if keep is None else keep(result)
 
         args = [leaf for _, leaf in leaves], arrays, jnp.uint32(0), real
-        _, (self._types, self._result_types) = compat.stage(moments, None, *args)
+        _, (self.types, self._result_types) = compat.stage(moments, None, *args)
         if not self.uses:
             raise ValueError("the function multiplies nothing with a weight of `params`: there is nothing to calibrate")
-        run, _ = compat.stage(moments, self._types, *args)
+        run, _ = compat.stage(moments, self.types, *args)
         self._compiled = jax.jit(run, donate_argnums=0)
 
     def memory(self, params, batch, real: jax.Array | None, begun: bool) -> MemoryEstimate:
         """What `calibrate` allocates, beside the sums that it holds already if it has `begun`; compiles the program."""
         arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
         leaves = jax.tree.leaves(params)
-        compiled = self._compiled.lower(self._types, leaves, arrays, jnp.uint32(0), real).compile()
-        sums = memory.types_bytes(self._types)
+        compiled = self._compiled.lower(self.types, leaves, arrays, jnp.uint32(0), real).compile()
+        sums = memory.types_bytes(self.types)
         parts = {
             "statistics": 0 if begun else sums,
             # In the end the sums of layers that do not lie in one stack are copied into one.
@@ -208,7 +246,7 @@ class _Program:
 
     def nothing(self) -> list[Moments]:
         """Moments of every site, of no tokens."""
-        return [statistics.empty_like(m) for m in self._types]
+        return [statistics.empty_like(m) for m in self.types]
 
     def add(self, total: list[Moments], params, batch, position: int, real: jax.Array | None) -> tuple[list, Any]:
         """Merges moments of every site over one batch into the total, which is used up; returns it and the result."""

@@ -52,8 +52,8 @@ class MemoryEstimate:
         return f"{self.call} will allocate about {shown(self.nbytes)} ({parts})"
 
 
-def ensure_fits(estimate: MemoryEstimate, arrays: Any) -> None:
-    """Logs an estimate, for the devices that hold `arrays`.
+def ensure_fits(estimate: MemoryEstimate, arrays: Any, level: int = logging.INFO) -> None:
+    """Logs an estimate, for the devices that hold `arrays`, at a level of `logging`.
 
     Raises:
       ValueError: it is more than is available there. Where that is not known, nothing is refused.
@@ -61,7 +61,8 @@ def ensure_fits(estimate: MemoryEstimate, arrays: Any) -> None:
     devices = {device for a in jax.tree.leaves(arrays) if isinstance(a, jax.Array) for device in a.devices()}
     devices = devices or set(jax.devices()[:1])
     free = available(devices)
-    logger.info("%s; %s", estimate, "free memory is not known" if free is None else f"{shown(free)} are available")
+    known = "free memory is not known" if free is None else f"{shown(free)} are available"
+    logger.log(level, "%s; %s", estimate, known)
     if free is not None and estimate.nbytes > free:
         raise ValueError(f"{estimate}, but {shown(free)} are available; {estimate.remedy}")
 

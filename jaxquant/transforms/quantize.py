@@ -16,7 +16,7 @@ from jaxquant.numerics.bits import join_bits, packed, split_bits, unpacked
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms import choose, memory, meshes, sharing
-from jaxquant.transforms.calibrate import Statistics
+from jaxquant.transforms.calibrate import Statistics, Uses
 from jaxquant.transforms.choose import Solved
 from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
 from jaxquant.transforms.judge import FALLBACKS, Fallback, solve_one
@@ -121,6 +121,18 @@ def _notes(stats: Statistics | None) -> dict[str, str]:
 
 def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     """The jobs of a recipe, checked."""
+    taken = configs_of(named, stats, recipe)
+    ranged: dict[int, InputStatistics] = {}
+    jobs = [_job(path, named[path], config, stats, ranged) for path, config in taken.items()]
+    for job in jobs:
+        _check_statistics(job)
+        for candidate in choose.candidates(job):
+            _check(candidate)
+    return jobs
+
+
+def configs_of(named: dict[str, Any], stats: Statistics | Uses | None, recipe: Any) -> dict[str, Any]:
+    """The method config of each weight that a recipe takes. Raises ValueError where it takes none."""
     floats = {p: leaf for p, leaf in named.items() if not is_qtensor(leaf) and is_matrix(leaf)}
     if stats is not None:
         quantizable = {p for p in floats if p in stats.products}
@@ -131,13 +143,7 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     taken = resolve(recipe, named, quantizable)
     if not taken:
         raise ValueError("the recipe quantizes nothing: every rule that matches has None for its config")
-    ranged: dict[int, InputStatistics] = {}
-    jobs = [_job(path, named[path], config, stats, ranged) for path, config in taken.items()]
-    for job in jobs:
-        _check_statistics(job)
-        for candidate in choose.candidates(job):
-            _check(candidate)
-    return jobs
+    return taken
 
 
 def weights_by_name(paths: Iterable[str], recipe: Any) -> set[str]:

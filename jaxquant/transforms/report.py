@@ -143,6 +143,20 @@ class Report:
         return table
 
 
+def joined_reports(reports: Sequence[Report], paths: Sequence[str]) -> Report:
+    """The report on a tree of these paths, from those on parts of it that were quantized one after the other."""
+    found: dict[str, list[LayerReport]] = {path: [] for path in paths}
+    for row in itertools.chain.from_iterable(report.layers for report in reports):
+        found[row.path].append(row)
+    return dataclasses.replace(
+        reports[-1],
+        layers=tuple(itertools.chain.from_iterable(found.values())),
+        unchanged=tuple(path for path, rows in found.items() if not rows),
+        notes={path: note for report in reports for path, note in report.notes.items()},
+        bytes_before=reports[0].bytes_before,
+    )
+
+
 def stacked_reports(reports: Sequence[Report]) -> Report:
     """The report on a stack of layers, from one on each of them: a stack of that layer alone."""
     rows = [

@@ -1,30 +1,60 @@
 """Quantizes a model block by block: memory for the parameters and statistics of one block, whatever their number."""
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.methods.choice import MixedPrecision
+from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms import memory
-from jaxquant.transforms.calibrate import Calibration, Statistics
+from jaxquant.transforms.calibrate import Calibration, Statistics, Uses, tokens, uses
 from jaxquant.transforms.memory import MemoryEstimate
-from jaxquant.transforms.quantize import needed_memory, plan, run_jobs
-from jaxquant.transforms.report import Report
+from jaxquant.transforms.quantize import configs_of, needed_memory, plan, run_jobs
+from jaxquant.transforms.quantized import quantized
+from jaxquant.transforms.report import Report, joined_reports
 from jaxquant.transforms.tracing.interpreter import named_leaves
+from jaxquant.transforms.tracing.stages import Stages
 
 Predecessors = Literal["quantized", "float"]
 Progress = Callable[[int, int], None]
 
 
+class Needs(NamedTuple):
+    """What calibrating one block takes.
+
+    Attributes:
+      memory: for one batch.
+      held: bytes of one batch that are kept from one step to the next, at most.
+      statistics: bytes of all statistics, which need not be in memory together.
+    """
+
+    memory: MemoryEstimate
+    held: int
+    statistics: int
+
+
+class _Step(NamedTuple):
+    """Weights of a block that are calibrated together, and their recipe."""
+
+    recipe: Any
+    calibration: Calibration
+
+
 class Stream:
     """Blocks that run one after the other and are quantized in that order, one in memory at a time.
 
-    Each is calibrated with what the blocks before it make of the data: those that are quantized, so that it can make
-    up for some of their errors (as in GPTQ, arXiv:2210.17323); or the float ones. The latter gives exactly what
-    `calibrate` and `quantize_params` give for the whole model.
+    A weight is calibrated with what all those before it make of the data, in its own block too: those that are
+    quantized, so that it can make up for some of their errors (as in GPTQ, arXiv:2210.17323, with the option "true
+    sequential" of its authors' code); or the float ones. The latter gives exactly what `calibrate` and
+    `quantize_params` give for the whole model.
 
-    Beside one block and its statistics, `inputs` are in memory: all that has to be kept to go on with later.
+    Beside one block and its statistics, `inputs` are in memory: all that has to be kept to go on with later. While a
+    block is quantized behind quantized weights, inputs of products within it are there in their place.
 
     Attributes:
       inputs: the next block's input for each batch; None without calibration. `quantize` replaces them, and they may
@@ -43,7 +73,7 @@ class Stream:
         """Prepares to quantize blocks.
 
         Args:
-          fn: `fn(params, x) -> x`, one block; it takes QTensors in place of weights, as `quantized` functions do.
+          fn: `fn(params, x) -> x`, one block; any JAX function of arrays, or of pytrees of them.
           recipe: as for `quantize_params`; its patterns match paths within a block.
           inputs: of the block that comes next, for each batch. None for methods that need no statistics.
           masks: for each batch, which positions are tokens, as for `calibrate`. None: all of them.
@@ -56,14 +86,22 @@ class Stream:
             raise ValueError(f"predecessors={predecessors!r} is not one of {', '.join(get_args(Predecessors))}")
         self.inputs = None if inputs is None else list(inputs)
         self._masks = None if masks is None else [None if m is None else jnp.asarray(m, bool) for m in masks]
-        self._fn, self._recipe = fn, recipe
-        self._through_float = predecessors == "float"
-        self._calibration = Calibration(fn, recipe, keep_results=self._through_float)
-        self._announced = False
+        self._fn, self._recipe, self._behind_float = fn, recipe, predecessors == "float"
+        self._steps: list[_Step] = []
+        self._stages: Stages | None = None
+        self._checked: set[int] = set()  # steps whose memory was looked at; it is the same in all blocks
 
-    def prepare(self, params: Any, x: Any, real: Any = None) -> MemoryEstimate:
-        """What `calibrate` takes for one block: its parameters, an input of it, and its mask."""
-        return self._calibration.prepare(params, x, None if real is None else jnp.asarray(real, bool))
+    def prepare(self, params: Any, x: Any, real: Any = None) -> Needs:
+        """What calibration takes for one block: its parameters, an input of it, and its mask."""
+        found = self._plan(params, [x])
+        if self._stages is None or found is None:
+            estimate = self._steps[0].calibration.prepare(params, x, None if real is None else jnp.asarray(real, bool))
+            return Needs(estimate, memory.types_bytes(x), estimate.parts["statistics"])
+        sizes = [found.statistics_bytes(weights) for weights in self._stages.weights]
+        working = [max(peak, size) for peak, size in zip(self._stages.peaks, [*sizes, 0], strict=True)]
+        parts = {"statistics": max(sizes), "activations or results": max(working)}
+        estimate = MemoryEstimate("calibrate", parts, "use batches of fewer or shorter sequences")
+        return Needs(estimate, max(memory.types_bytes(x), *self._stages.held), sum(sizes))
 
     def quantize(self, params: Any, *, last: bool = False, progress: Progress | None = None) -> tuple[Any, Report]:
         """Quantizes the next block.
@@ -79,36 +117,60 @@ class Stream:
         Raises:
           ValueError: as `calibrate` and `quantize_params`.
         """
-        stats = self._calibrate(params, progress)
-        memory.give_back()  # or what calibration has freed would be taken again and again
-        jobs = plan(dict(named_leaves(params)), stats, self._recipe)
-        if not self._announced:  # the others need the same
-            memory.ensure_fits(needed_memory(jobs), params)
-            self._announced = True
-        tree, report = run_jobs(jobs, params, stats, None)
-        del params, stats, jobs
-        memory.give_back()
-        if self.inputs is not None and not self._through_float and not last:
-            for i, x in enumerate(self.inputs):
-                self.inputs[i] = jax.block_until_ready(self._fn(tree, x))
-        return tree, report
-
-    def _calibrate(self, params: Any, progress: Progress | None) -> Statistics | None:
         if self.inputs is None:
-            return None
+            return self._solved(params, None, self._recipe, 0)
+        self._plan(params, self.inputs)
         masks = [None] * len(self.inputs) if self._masks is None else self._masks
-        batches = zip(self._taken(self.inputs, progress), masks, strict=True)
-        stats, results = self._calibration.run(params, batches)
-        if self._through_float:
-            self.inputs = results
-        return stats
+        rows = [(real, tokens(x, real)) for x, real in zip(self.inputs, masks, strict=True)]
+        tree, reports = params, []
+        for i, step in enumerate(self._steps):
+            inputs, self.inputs = self.inputs, []
+            stats, self.inputs = step.calibration.run(tree, self._taken(inputs, rows, progress, i * len(rows)))
+            memory.give_back()  # or what calibration has freed would be taken again and again
+            tree, report = self._solved(tree, stats, step.recipe, i)
+            reports.append(report)
+            del stats
+            memory.give_back()
+        if self._stages is not None and not last:
+            for i, held in enumerate(self.inputs):
+                self.inputs[i] = jax.block_until_ready(self._after(tree, held))
+        return tree, joined_reports(reports, [path for path, _ in named_leaves(params)])
 
-    def _taken(self, inputs: list, progress: Progress | None) -> Iterator[Any]:
-        """The batches; each is let go when the next is asked for, if the function's results take their place."""
-        total = len(inputs)
-        for done in range(total):
+    def _plan(self, params: Any, inputs: Sequence[Any]) -> Uses | None:
+        """Finds the steps in which a block is quantized, unless they are known: they are those of every block."""
+        if self._steps:
+            return None
+        if self._behind_float:
+            calibration = Calibration(self._fn, self._recipe, keep=lambda result: result, level=logging.DEBUG)
+            self._steps = [_Step(self._recipe, calibration)]
+            return None
+        found = uses(self._fn, params, inputs[0], self._recipe)
+        configs = configs_of(dict(named_leaves(params)), found, self._recipe)
+        groups = {path: config if isinstance(config, MixedPrecision) else path for path, config in configs.items()}
+        self._stages = Stages(self._fn, params, inputs, groups)
+        for i, weights in enumerate(self._stages.weights):
+            recipe = [(re.escape(path), config) for path, config in configs.items() if path in weights]
+            run = quantized(partial(self._stages.run, i))
+            self._steps.append(_Step(recipe, Calibration(run, recipe, keep=lambda r: r[0], level=logging.DEBUG)))
+        self._after = quantized(partial(self._stages.result))
+        return found
+
+    def _solved(self, params: Any, stats: Statistics | None, recipe: Any, step: int) -> tuple[Any, Report]:
+        jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)
+        if step not in self._checked:
+            memory.ensure_fits(needed_memory(jobs), params, logging.DEBUG)
+            self._checked.add(step)
+        return run_jobs(jobs, params, stats, None)
+
+    def _taken(self, inputs: list, rows: list[tuple[Any, int]], progress: Progress | None, before: int) -> Iterator:
+        """The inputs, with masks and numbers of tokens; each is let go when the next is asked for.
+
+        The results of the step take their place.
+        """
+        total = len(rows) * len(self._steps)
+        for done, (real, count) in enumerate(rows):
             if progress is not None:
-                progress(done, total)
-            yield inputs.pop(0) if self._through_float else inputs[done]
+                progress(before + done, total)
+            yield inputs.pop(0), real, count
         if progress is not None:
-            progress(total, total)
+            progress(before + len(rows), total)

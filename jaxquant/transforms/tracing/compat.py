@@ -1,5 +1,6 @@
 """All that differs between the supported JAX versions (0.10.2 to 0.12), and the primitives without a public name."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,6 +69,13 @@ def varying_as(x: jax.Array, like) -> jax.Array:
     """`x`, with the type of a value that differs over the same mesh axes as `like`."""
     missing = tuple(varying(like) - varying(x))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def callable_of(closed: jexc.ClosedJaxpr, arguments: list, eqns: list, results: list) -> Callable[..., list]:
+    """Some equations of a jaxpr as a function of the values of some of its variables."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    debug = close(closed).jaxpr.debug_info.with_unknown_names()
+    return jexc.jaxpr_as_fun(jexc.ClosedJaxpr(jexc.Jaxpr((), arguments, results, eqns, effects, debug), ()))
 
 
 def explicit_axes(x) -> tuple[str, ...]:
