@@ -18,7 +18,7 @@ from jaxquant.transforms import memory
 from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.recipe import resolve
 from jaxquant.transforms.tracing import compat, interpreter
-from jaxquant.transforms.tracing.assemble import assemble, used_axes
+from jaxquant.transforms.tracing.assemble import Inputs, assemble, used_axes
 from jaxquant.transforms.tracing.observer import Observer
 from jaxquant.transforms.tracing.recorder import Recorder
 
@@ -54,31 +54,14 @@ class Statistics:
     notes: tuple[tuple[str, str], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Uses:
-    """What is known of a function without data.
-
-    Attributes:
-      products: the weights that a product consumes, and which sites each reads.
-      lookups: paths of weights whose rows are looked up.
-      sites: bytes of the statistics of each site.
-    """
-
-    products: Mapping[str, set[int]]
-    lookups: frozenset[str]
-    sites: list[int]
-
-    def statistics_bytes(self, weights: Iterable[str]) -> int:
-        """Bytes of the statistics of some weights."""
-        return sum(self.sites[site] for site in set().union(*(self.products.get(path, ()) for path in weights)))
-
-
-def uses(fn: Callable, params: Any, batch: Any, recipe: Any) -> Uses:
-    """How a function uses its weights, by tracing alone. Arguments and errors as `calibrate`."""
+def types_of_statistics(fn: Callable, params: Any, batch: Any, recipe: Any) -> Statistics:
+    """What `calibrate` would give, with types in place of arrays, by tracing alone. Arguments and errors as there."""
     program = _Program(fn, params, batch, None, recipe)
-    found, _ = used_axes(program.uses, program.sizes)
-    products = {path: inputs.sites for path, (_, _, inputs) in found.items()}
-    return Uses(products, frozenset(program.lookups), [memory.types_bytes(moments) for moments in program.types])
+
+    def typed(inputs: Inputs, last: bool) -> Any:
+        return jax.eval_shape(lambda total: assemble(inputs, total, False), program.types)
+
+    return _statistics([program], typed)
 
 
 def calibrate(
@@ -254,15 +237,25 @@ class _Program:
         return self._compiled(total, jax.tree.leaves(params), arrays, jnp.uint32(position % 2**32), real)
 
 
-def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
+def _statistics(programs: list[_Program], make: Callable[[Inputs, bool], Any]) -> Statistics:
+    """The statistics that some programs found; `make(inputs, last)` gives those of one or several weights' inputs.
+
+    `last` says whether no others are made of the same moments.
+    """
     program, notes = programs[0], [note for p in programs for note in p.notes]
     found, contradictory = used_axes(program.uses, program.sizes)
     notes += contradictory
     distinct = dict.fromkeys(inputs for _, _, inputs in found.values())
     readers = collections.Counter(site for inputs in distinct for site in inputs.sites)
-    shared = {inputs: assemble(inputs, total, all(readers[s] == 1 for s in inputs.sites)) for inputs in distinct}
+    shared = {inputs: make(inputs, all(readers[s] == 1 for s in inputs.sites)) for inputs in distinct}
     products = {path: ProductStatistics(contract, out, shared[i]) for path, (contract, out, i) in found.items()}
-    every = [product.inputs for product in products.values()]
+    lookups = frozenset[str]().union(*(p.lookups for p in programs))
+    return Statistics(products, lookups, tuple(dict.fromkeys(notes)))
+
+
+def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
+    stats = _statistics(programs, lambda inputs, last: assemble(inputs, total, last))
+    every = [product.inputs for product in stats.products.values()]
     if every and not any(jnp.any(i.count > 0) for i in every):
         if any(jnp.any(i.dropped > 0) for i in every):
             raise ValueError(
@@ -270,5 +263,4 @@ def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
                 "batches hold something the function gives NaN for, such as token ids outside of the vocabulary"
             )
         raise ValueError("the batches hold no token, or `mask` leaves none: there is nothing to calibrate with")
-    lookups = frozenset[str]().union(*(p.lookups for p in programs))
-    return Statistics(products, lookups, tuple(dict.fromkeys(notes)))
+    return stats

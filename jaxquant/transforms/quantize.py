@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.numerics.batching import one_by_one_on_cpu
-from jaxquant.numerics.bits import join_bits, packed, split_bits, unpacked
+from jaxquant.numerics.bits import packed, split_bits
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms import choose, memory, meshes, sharing
-from jaxquant.transforms.calibrate import Statistics, Uses
+from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.choose import Solved
 from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
-from jaxquant.transforms.judge import FALLBACKS, Fallback, solve_one
-from jaxquant.transforms.memory import MemoryEstimate
+from jaxquant.transforms.judge import FALLBACKS, Fallback
+from jaxquant.transforms.programs import Programs, run
 from jaxquant.transforms.recipe import name_of, needs_statistics, resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
@@ -67,7 +65,7 @@ def quantize_params(
     with meshes.set_one(twins):
         params, stats = meshes.moved(params, twins), meshes.moved_statistics(stats, twins)
         jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)
-        memory.ensure_fits(needed_memory(jobs), params)
+        memory.ensure_fits(Programs(jobs).compile(), params)
         tree, report = run_jobs(jobs, params, stats, progress)
     return meshes.moved(tree, {there: here for here, there in twins.items()}), report
 
@@ -131,7 +129,7 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     return jobs
 
 
-def configs_of(named: dict[str, Any], stats: Statistics | Uses | None, recipe: Any) -> dict[str, Any]:
+def configs_of(named: dict[str, Any], stats: Statistics | None, recipe: Any) -> dict[str, Any]:
     """The method config of each weight that a recipe takes. Raises ValueError where it takes none."""
     floats = {p: leaf for p, leaf in named.items() if not is_qtensor(leaf) and is_matrix(leaf)}
     if stats is not None:
@@ -217,33 +215,6 @@ def _check(job: Job) -> None:
         )
 
 
-def needed_memory(jobs: list[Job]) -> MemoryEstimate:
-    """What `quantize_params` allocates for some jobs; compiles the methods."""
-    jobs = [candidate for job in jobs for candidate in choose.candidates(job)]
-    results, chunk, seen = dict.fromkeys(jobs, 0), 0, set()
-    for spans, size in chunks(jobs):
-        job = spans[0].job
-        if job.kind not in seen:
-            seen.add(job.kind)
-            types = job.types(size)
-            lowered = _run.lower(*split_bits(job.config), *types)
-            made, _ = lowered.out_info
-            kept = jax.eval_shape(functools.partial(packed, config=job.config), made)
-            given, result = memory.types_bytes(types), memory.types_bytes(kept)
-            repacked = 0 if kept.values.shape == made.values.shape else memory.types_bytes(made.values)
-            running = given + memory.compiled_bytes(lowered.compile()) + result + repacked
-            chunk = max(chunk, running, 2 * given)  # the matrices of several weights are put together first
-        for span in spans:
-            results[span.job] += math.ceil(result * span.size / size)
-    parts = {
-        "quantized weights": sum(results.values()),
-        "matrices at work": max(chunk, *results.values()),  # or, at the end, the copy that puts a weight together
-    }
-    return MemoryEstimate(
-        "quantize_params", parts, "quantize fewer weights per call through rules with None for others"
-    )
-
-
 def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[LayerReport]]]:
     start = time.perf_counter()
     parts = [span.matrices() for span in spans]
@@ -253,7 +224,7 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
     w, inputs, scale = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if len(parts) > 1 else parts[0]
     del parts  # or they would stay in memory while the method runs
     config = spans[0].job.config
-    q, facts = _run(*split_bits(config), w, inputs, scale)
+    q, facts = run(*split_bits(config), w, inputs, scale)
     q = jax.block_until_ready(packed(q, config))
     facts = meshes.fetched(facts)
     seconds = (time.perf_counter() - start) / count
@@ -266,15 +237,6 @@ def _solve(spans: list[Span], size: int) -> tuple[list[QTensor], list[list[Layer
         )
         first += span.size
     return pieces, reports
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(config, bits, w: jax.Array, inputs: InputStatistics | None, channel_scale: jax.Array | None = None):
-    def solve(bits, *arrays):
-        q, facts = solve_one(join_bits(config, bits), *arrays)
-        return unpacked(q), facts
-
-    return jax.vmap(one_by_one_on_cpu(solve), (None, 0, 0, 0))(bits, w, inputs, channel_scale)
 
 
 def _row(job: Job, at: int, facts: dict[str, Any], seconds: float) -> LayerReport:

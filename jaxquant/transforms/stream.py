@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jaxquant.methods.choice import MixedPrecision
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms import memory
-from jaxquant.transforms.calibrate import Calibration, Statistics, Uses, tokens, uses
+from jaxquant.transforms.calibrate import Calibration, Statistics, tokens, types_of_statistics
 from jaxquant.transforms.memory import MemoryEstimate
-from jaxquant.transforms.quantize import configs_of, needed_memory, plan, run_jobs
+from jaxquant.transforms.programs import Programs
+from jaxquant.transforms.quantize import configs_of, plan, run_jobs
 from jaxquant.transforms.quantized import quantized
 from jaxquant.transforms.report import Report, joined_reports
 from jaxquant.transforms.tracing.interpreter import named_leaves
@@ -39,7 +40,12 @@ class Needs(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """Weights of a block that are calibrated together, and their recipe."""
+    """Weights of a block that are calibrated together.
+
+    Attributes:
+      recipe: theirs.
+      calibration: gives their statistics, and what the next step begins with.
+    """
 
     recipe: Any
     calibration: Calibration
@@ -89,15 +95,15 @@ class Stream:
         self._fn, self._recipe, self._behind_float = fn, recipe, predecessors == "float"
         self._steps: list[_Step] = []
         self._stages: Stages | None = None
-        self._checked: set[int] = set()  # steps whose memory was looked at; it is the same in all blocks
+        self._checked: set[int] = set()  # steps whose memory was looked at: it is the same in all blocks
 
     def prepare(self, params: Any, x: Any, real: Any = None) -> Needs:
         """What calibration takes for one block: its parameters, an input of it, and its mask."""
-        found = self._plan(params, [x])
-        if self._stages is None or found is None:
+        types = self._plan(params, [x])
+        if self._stages is None or types is None:
             estimate = self._steps[0].calibration.prepare(params, x, None if real is None else jnp.asarray(real, bool))
             return Needs(estimate, memory.types_bytes(x), estimate.parts["statistics"])
-        sizes = [found.statistics_bytes(weights) for weights in self._stages.weights]
+        sizes = [_statistics_bytes(types, weights) for weights in self._stages.weights]
         working = [max(peak, size) for peak, size in zip(self._stages.peaks, [*sizes, 0], strict=True)]
         parts = {"statistics": max(sizes), "activations or results": max(working)}
         estimate = MemoryEstimate("calibrate", parts, "use batches of fewer or shorter sequences")
@@ -136,16 +142,19 @@ class Stream:
                 self.inputs[i] = jax.block_until_ready(self._after(tree, held))
         return tree, joined_reports(reports, [path for path, _ in named_leaves(params)])
 
-    def _plan(self, params: Any, inputs: Sequence[Any]) -> Uses | None:
-        """Finds the steps in which a block is quantized, unless they are known: they are those of every block."""
+    def _plan(self, params: Any, inputs: Sequence[Any]) -> Statistics | None:
+        """Finds the steps in which a block is quantized, which are those of every block; returns types of statistics.
+
+        None where they are not known, or the steps were known before.
+        """
         if self._steps:
             return None
         if self._behind_float:
             calibration = Calibration(self._fn, self._recipe, keep=lambda result: result, level=logging.DEBUG)
             self._steps = [_Step(self._recipe, calibration)]
             return None
-        found = uses(self._fn, params, inputs[0], self._recipe)
-        configs = configs_of(dict(named_leaves(params)), found, self._recipe)
+        types = types_of_statistics(self._fn, params, inputs[0], self._recipe)
+        configs = configs_of(dict(named_leaves(params)), types, self._recipe)
         groups = {path: config if isinstance(config, MixedPrecision) else path for path, config in configs.items()}
         self._stages = Stages(self._fn, params, inputs, groups)
         for i, weights in enumerate(self._stages.weights):
@@ -153,12 +162,12 @@ class Stream:
             run = quantized(partial(self._stages.run, i))
             self._steps.append(_Step(recipe, Calibration(run, recipe, keep=lambda r: r[0], level=logging.DEBUG)))
         self._after = quantized(partial(self._stages.result))
-        return found
+        return types
 
     def _solved(self, params: Any, stats: Statistics | None, recipe: Any, step: int) -> tuple[Any, Report]:
         jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)
         if step not in self._checked:
-            memory.ensure_fits(needed_memory(jobs), params, logging.DEBUG)
+            memory.ensure_fits(Programs(jobs).compile(), params, logging.DEBUG)
             self._checked.add(step)
         return run_jobs(jobs, params, stats, None)
 
@@ -174,3 +183,9 @@ class Stream:
             yield inputs.pop(0), real, count
         if progress is not None:
             progress(before + len(rows), total)
+
+
+def _statistics_bytes(types: Statistics, weights: set[str]) -> int:
+    """Bytes of the statistics of some weights; those that share an input share them."""
+    inputs = [product.inputs for path, product in types.products.items() if path in weights]
+    return sum(map(memory.types_bytes, {id(shared): shared for shared in inputs}.values()))
