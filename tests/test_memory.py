@@ -15,9 +15,11 @@ from jaxquant.numerics.bits import split_bits
 from jaxquant.numerics.spec import int4, int8
 from jaxquant.transforms import calibrate as calibrate_module
 from jaxquant.transforms import memory
+from jaxquant.transforms import programs as programs_module
 from jaxquant.transforms import quantize as quantize_module
 from jaxquant.transforms.calibrate import _Program, calibrate
 from jaxquant.transforms.jobs import chunks
+from jaxquant.transforms.programs import Programs
 from jaxquant.transforms.quantize import quantize_params
 
 T, K, N = 64, 32, 48
@@ -78,7 +80,7 @@ def test_arguments_in_numpys_memory_are_copied():
 def test_what_is_held_already_is_not_counted_again(monkeypatch):
     """The sums over batches of one shape are held when the first batch of another shape comes."""
     seen = []
-    monkeypatch.setattr(calibrate_module.memory, "ensure_fits", lambda estimate, _: seen.append(estimate.parts))
+    monkeypatch.setattr(calibrate_module.memory, "ensure_fits", lambda estimate, *_: seen.append(estimate.parts))
     calibrate(attention, attention_params(), [normal(T, K), normal(T, K), normal(2 * T, K)])
     assert [part.get("statistics", 0) for part in seen] == [site(K), 0]
 
@@ -94,7 +96,7 @@ def test_quantized_weights_are_counted(calibrated):
     params, _ = calibrated
     for config in (RTN(int8()), RTN(int4(group_size=8))):
         tree, _ = quantize_params(params, None, config)
-        estimate = quantize_module.needed_memory(quantize_module.plan(params, None, config))
+        estimate = Programs(quantize_module.plan(params, None, config)).compile()
         assert estimate.parts["quantized weights"] == sum(a.nbytes for a in jax.tree.leaves(tree))
         assert estimate.parts["matrices at work"] >= sum(a.nbytes for a in jax.tree.leaves(params)) / 2
 
@@ -104,9 +106,9 @@ def test_codes_that_are_packed_afterwards_are_counted_and_no_others(calibrated):
     w = normal(3, N, K)[0]
     for config, before in ((RTN(int8()), 0), (RTN(int4()), w.size)):
         jobs = quantize_module.plan({"kernel": w}, None, config)
-        program = quantize_module._run.lower(*split_bits(config), *jobs[0].types(1)).compile()
+        program = programs_module.run.lower(*split_bits(config), *jobs[0].types(1)).compile()
         tree, _ = quantize_params({"kernel": w}, None, config)
-        parts = quantize_module.needed_memory(jobs).parts
+        parts = Programs(jobs).compile().parts
         want = w.nbytes + tree["kernel"].nbytes + before + memory.compiled_bytes(program)
         assert parts["matrices at work"] == max(want, 2 * w.nbytes)
 
@@ -114,7 +116,7 @@ def test_codes_that_are_packed_afterwards_are_counted_and_no_others(calibrated):
 def test_work_of_a_method_is_counted(calibrated):
     params, stats = calibrated
     rtn, gptq = (
-        quantize_module.needed_memory(quantize_module.plan(params, stats, config)).parts["matrices at work"]
+        Programs(quantize_module.plan(params, stats, config)).compile().parts["matrices at work"]
         for config in (RTN(int8()), GPTQ(int8()))
     )
     assert rtn < gptq
@@ -131,12 +133,12 @@ def test_nothing_is_compiled_twice(place):
     assert not seen
     stats, config = calibrate(attention, params, [x]), GPTQ(int4(group_size=16))
     jobs = quantize_module.plan(params, stats, config)
-    quantize_module._run.clear_cache()
-    quantize_module.needed_memory(jobs)
+    programs_module.run.clear_cache()
+    Programs(jobs).compile()
     (spans, size), *rest = chunks(jobs)
     given = jax.tree.map(lambda *a: jnp.concatenate(a), *[span.matrices() for span in spans])
     with compilations() as seen:
-        quantize_module._run(*split_bits(config), *given)
+        programs_module.run(*split_bits(config), *given)
     assert (len(seen), rest, size) == (0, [], 3)
 
 

@@ -12,6 +12,7 @@ from jaxquant import workflows
 from jaxquant.preflight import Preflight, duration
 from jaxquant.transforms import memory
 from jaxquant.transforms.memory import MemoryEstimate
+from jaxquant.transforms.stream import Needs
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
 CONFIG = {
@@ -40,7 +41,7 @@ def preflight(source, config, **more):
     layer = dict(named_leaves({"layers": jax.tree.map(lambda a: a[:1], params["layers"])}))
     outer = sum(a.nbytes for name, tree in params.items() if name != "layers" for a in jax.tree.leaves(tree))
     configs = {path: config for path in layer if path.endswith("kernel")}
-    given = {"activations": 0, "tokens": 0, "passes": 1, "calibration": None, **more}
+    given = {"activations": 0, "held": 0, "tokens": 0, "calibration": None, **more}
     return Preflight(layer, configs, 3, outer, **given)
 
 
@@ -83,7 +84,7 @@ def test_all_of_it_is_told_before_the_first_layer(source, tmp_path, caplog):
     caplog.set_level("INFO", "jaxquant")
     config, files = jq.GPTQ(jq.int4(group_size=32)), {"calibration": str(source / "tokens.npy"), "num_samples": 4}
     workflows.quantize_checkpoint(source / "model", tmp_path / "out", config, **files, progress=progress)
-    layers = r"quantizing layer by layer will allocate about .*one layer 0\.\d MiB, activations 0\.1 MiB, statistics"
+    layers = r"quantizing layer by layer will allocate about .*one layer 0\.\d MiB, activations 0\.2 MiB, statistics"
     assert re.search(layers, told[0])
     assert re.search(r"it will take about .* on disk \(the checkpoint .*\); .* are free", told[0])
     assert re.search(r"it will take about \d+ s, beside compiling", told[0])
@@ -98,15 +99,18 @@ def test_memory_is_refused_before_any_work(source, tmp_path, monkeypatch):
 
 
 def test_parts_of_memory(source):
-    calibration = MemoryEstimate("calibrate", {"statistics": 10**6, "activations or results": 10**8}, "")
-    parts = preflight(source, jq.GPTQ(jq.int4()), activations=777, calibration=calibration).memory.parts
+    estimate = MemoryEstimate("calibrate", {"statistics": 10**6, "activations or results": 10**8}, "")
+    given = {"activations": 700, "held": 777, "calibration": Needs(estimate, 0, 0)}
+    parts = preflight(source, jq.GPTQ(jq.int4()), **given).memory.parts
     weights = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256
     assert parts == {"one layer": 4 * (weights + 2 * 128), "activations": 777, "statistics": 10**6, "work": 10**8}
 
 
 def test_operations_and_durations(source):
-    one, two = (preflight(source, jq.RTN(jq.int4()), tokens=100, passes=n) for n in (1, 2))
+    estimate = Needs(MemoryEstimate("calibrate", {}, ""), 0, statistics=4 * 128 * 128)
+    given = (None, estimate)
+    forward, calibrated = (preflight(source, jq.RTN(jq.int4()), tokens=100, calibration=c).operations for c in given)
     weights = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256
-    assert (one.operations, two.operations) == (3 * 2 * 100 * weights, 3 * 4 * 100 * weights)
-    assert preflight(source, jq.GPTQ(jq.int4()), tokens=100).operations > one.operations
+    assert (forward, calibrated) == (3 * 2 * 100 * weights, 3 * 100 * (2 * weights + 128 * 128))
+    assert preflight(source, jq.GPTQ(jq.int4()), tokens=100).operations > forward
     assert [duration(seconds) for seconds in (0.2, 119, 125, 9000)] == ["1 s", "119 s", "2 min", "2.5 h"]

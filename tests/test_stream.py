@@ -70,24 +70,61 @@ def test_blocks_behind_float_ones_get_the_codes_that_the_whole_model_gets(config
     assert [(r.error, r.rtn_error, r.tokens) for r in rows] == [(r.error, r.rtn_error, r.tokens) for r in report.layers]
 
 
-def test_blocks_behind_quantized_ones_see_what_those_give():
-    """Against calibration of the whole function up to a block, with the blocks before it quantized."""
+def weight_by_weight(params, recipe):
+    """Each calibrated by the whole function, in which those before it are quantized."""
     done = []
-    stream = Stream(quantized(block), CONFIG, inputs())
-    for i, params in enumerate(blocks()):
-        before = [tree for tree, _ in done]
+    for block_params in params:
+        for name in ("up", "down"):
 
-        def until_here(p, x, before=before):
-            for q in before:
-                x = quantized(block)(q, x)
-            return block(p, x)
+            def fn(p, x, before=tuple(done)):
+                for q in before:
+                    x = quantized(block)(q, x)
+                return quantized(block)(p, x)
 
-        want, _ = quantize_params(params, calibrate(until_here, params, inputs()), CONFIG)
-        done.append(stream.quantize(params, last=i + 1 == BLOCKS))
-        assert bits_of(done[-1][0]) == bits_of(want)
+            stats = calibrate(fn, block_params, inputs(), recipe=[(name, recipe)])
+            block_params, _ = quantize_params(block_params, stats, [(name, recipe)])
+        done.append(block_params)
+    return done
+
+
+def test_weights_behind_quantized_ones_see_what_those_give():
+    done = run(Stream(block, CONFIG, inputs()), blocks())
+    want = weight_by_weight(blocks(), CONFIG)
+    for (tree, report), expected in zip(done, want, strict=True):
+        assert bits_of(jax.tree.map(lambda a: a, tree)) == bits_of(expected)
+        assert [row.path for row in report.layers] == ["down", "up"]
+        assert report.unchanged == ()
     behind_float = run(Stream(block, CONFIG, inputs(), predecessors="float"), blocks())
-    assert bits_of(behind_float[0][0]) == bits_of(done[0][0])
-    assert bits_of(behind_float[2][0]) != bits_of(done[2][0])
+    assert bits_of(behind_float[0][0]["up"]) == bits_of(done[0][0]["up"])
+    assert bits_of(behind_float[0][0]["down"]) != bits_of(done[0][0]["down"])
+
+
+def test_rules_and_reports_are_those_of_the_block():
+    """Of weights that are left, of shapes and bytes, and of a rule that takes nothing."""
+    rules = [("up", None), (".*", CONFIG)]
+    tree, report = Stream(block, rules, inputs()).quantize(blocks()[0])
+    want, expected = quantize_params(blocks()[0], calibrate(block, blocks()[0], inputs()), rules)
+    assert bits_of(tree) == bits_of(want)
+    assert (report.unchanged, report.bytes_before, report.bytes_after) == (("up",), *sizes(expected))
+    with pytest.raises(ValueError, match="recipe rule 'gate' takes no weight"):
+        Stream(block, [("gate", CONFIG), ("up", CONFIG)], inputs()).quantize(blocks()[0])
+
+
+def sizes(report):
+    return report.bytes_before, report.bytes_after
+
+
+def test_bits_are_allocated_over_a_whole_block():
+    """All weights of a `MixedPrecision` are of one stage: of an even budget, one may get more than the other."""
+    mixed = jq.MixedPrecision([jq.RTN(jq.int4(group_size=16)), jq.RTN(jq.int8(group_size=16))], budget_bits=8)
+    params = {"up": normal(K, K), "down": 0.01 * normal(K, K, seed=1)}
+    _, report = Stream(block, mixed, inputs()).quantize(params)
+    want, expected = quantize_params(params, calibrate(block, params, inputs()), mixed)
+    assert {row.path: row.bits for row in report.layers} == {row.path: row.bits for row in expected.layers}
+    assert sorted(row.bits for row in report.layers) == [4, 8]
+
+
+def test_a_predecessor_is_quantized_or_float():
     with pytest.raises(ValueError, match="predecessors='both' is not one of quantized, float"):
         Stream(block, CONFIG, inputs(), predecessors="both")
 
