@@ -119,7 +119,7 @@ def _add_quantize(subparsers) -> None:
     parser.add_argument("--format", choices=FORMATS, default="jaxquant",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--predecessors", choices=get_args(Predecessors), default="quantized",
-                        help="calibrate each layer behind the quantized layers before it, or behind the float ones "
+                        help="calibrate each weight behind the quantized ones before it, or behind the float ones "
                         "(default: %(default)s)")  # fmt: skip
     _add_mesh(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in DIR")

@@ -183,7 +183,8 @@ def quantize_checkpoint(
         that needs no statistics is calibrated only if this is given, for the errors in the report.
       num_samples, seq_len, field, pad, seed: as `count`, `length` and so on for `calibration_samples`.
       format: as in `save`, but for "orbax", which is not written layer by layer.
-      predecessors: what a layer is calibrated behind: the layers before it as they are "quantized", or "float".
+      predecessors: what a weight is calibrated behind: those before it, in its layer too, as they are "quantized", or
+        "float".
       overwrite: replaces an existing checkpoint.
       resume: continues a run with the same arguments that was not finished, and gives what it would have given. Without
         it, what such a run has done is removed.

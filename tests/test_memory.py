@@ -19,7 +19,7 @@ from jaxquant.transforms import programs as programs_module
 from jaxquant.transforms import quantize as quantize_module
 from jaxquant.transforms.calibrate import _Program, calibrate
 from jaxquant.transforms.jobs import chunks
-from jaxquant.transforms.programs import Programs
+from jaxquant.transforms.programs import needed_memory
 from jaxquant.transforms.quantize import quantize_params
 
 T, K, N = 64, 32, 48
@@ -96,7 +96,7 @@ def test_quantized_weights_are_counted(calibrated):
     params, _ = calibrated
     for config in (RTN(int8()), RTN(int4(group_size=8))):
         tree, _ = quantize_params(params, None, config)
-        estimate = Programs(quantize_module.plan(params, None, config)).compile()
+        estimate = needed_memory(quantize_module.plan(params, None, config))
         assert estimate.parts["quantized weights"] == sum(a.nbytes for a in jax.tree.leaves(tree))
         assert estimate.parts["matrices at work"] >= sum(a.nbytes for a in jax.tree.leaves(params)) / 2
 
@@ -108,7 +108,7 @@ def test_codes_that_are_packed_afterwards_are_counted_and_no_others(calibrated):
         jobs = quantize_module.plan({"kernel": w}, None, config)
         program = programs_module.run.lower(*split_bits(config), *jobs[0].types(1)).compile()
         tree, _ = quantize_params({"kernel": w}, None, config)
-        parts = Programs(jobs).compile().parts
+        parts = needed_memory(jobs).parts
         want = w.nbytes + tree["kernel"].nbytes + before + memory.compiled_bytes(program)
         assert parts["matrices at work"] == max(want, 2 * w.nbytes)
 
@@ -116,7 +116,7 @@ def test_codes_that_are_packed_afterwards_are_counted_and_no_others(calibrated):
 def test_work_of_a_method_is_counted(calibrated):
     params, stats = calibrated
     rtn, gptq = (
-        Programs(quantize_module.plan(params, stats, config)).compile().parts["matrices at work"]
+        needed_memory(quantize_module.plan(params, stats, config)).parts["matrices at work"]
         for config in (RTN(int8()), GPTQ(int8()))
     )
     assert rtn < gptq
@@ -134,7 +134,7 @@ def test_nothing_is_compiled_twice(place):
     stats, config = calibrate(attention, params, [x]), GPTQ(int4(group_size=16))
     jobs = quantize_module.plan(params, stats, config)
     programs_module.run.clear_cache()
-    Programs(jobs).compile()
+    needed_memory(jobs)
     (spans, size), *rest = chunks(jobs)
     given = jax.tree.map(lambda *a: jnp.concatenate(a), *[span.matrices() for span in spans])
     with compilations() as seen:

@@ -32,6 +32,13 @@ def apart(names=NAMES):
     return {name: name for name in names}
 
 
+def traced(fn, p, *xs, groups=None):
+    stages = Stages(fn, groups or apart())
+    for x in xs:
+        stages.trace(p, x)
+    return stages
+
+
 def through(stages, p, x):
     for stage in range(len(stages.weights)):
         x, _ = stages.run(stage, p, x)
@@ -51,7 +58,7 @@ def through(stages, p, x):
 )
 def test_stages_end_where_a_product_feeds_another(fn, lead):
     p, x = params(*lead), normal(8, K, seed=9)
-    stages = Stages(fn, p, [x], apart())
+    stages = traced(fn, p, x)
     assert stages.weights == [{"q", "k"}, {"o"}, {"gate", "up"}, {"down"}]
     np.testing.assert_allclose(through(stages, p, x), fn(p, x), rtol=1e-5, atol=1e-6)
     assert jax.jit(lambda p, x: through(stages, p, x))(p, x).shape == x.shape
@@ -59,7 +66,7 @@ def test_stages_end_where_a_product_feeds_another(fn, lead):
 
 def test_products_of_a_stage_are_those_of_its_weights():
     p, x = params(), normal(8, K, seed=9)
-    stages = Stages(block, p, [x], apart())
+    stages = traced(block, p, x)
     held, products = stages.run(0, p, x)
     h = jax.nn.standardize(x) * p["norm"]
     for got, name in zip(products, ("q", "k"), strict=True):
@@ -70,7 +77,7 @@ def test_products_of_a_stage_are_those_of_its_weights():
 
 def test_quantized_weights_take_part_as_in_the_whole_function():
     p, x = params(1), normal(8, K, seed=9)
-    stages = Stages(in_a_loop, p, [x], apart())
+    stages = traced(in_a_loop, p, x)
     q, _ = jq.quantize_params(p, None, [("q|o|down", jq.RTN(jq.int4(group_size=8)))])
     got = quantized(lambda p, x: through(stages, p, x))(q, x)
     np.testing.assert_allclose(got, quantized(in_a_loop)(q, x), rtol=1e-5, atol=1e-6)
@@ -78,7 +85,7 @@ def test_quantized_weights_take_part_as_in_the_whole_function():
 
 def test_inputs_of_several_shapes_and_pytrees():
     p, xs = params(), [{"x": normal(8, K)}, {"x": normal(2, 3, K)}]
-    stages = Stages(lambda p, x: {"x": block(p, x["x"])}, p, xs, apart())
+    stages = traced(lambda p, x: {"x": block(p, x["x"])}, p, *xs)
     for x in xs:
         np.testing.assert_allclose(through(stages, p, x)["x"], block(p, x["x"]), rtol=1e-5, atol=1e-6)
 
@@ -88,13 +95,13 @@ def test_order_must_not_depend_on_the_shape():
         return x @ p["q"] @ p["k"] if x.ndim == 2 else x @ p["k"] @ p["q"]
 
     with pytest.raises(ValueError, match="weights in another order for inputs of other shapes"):
-        Stages(either, params(), [normal(8, K), normal(2, 3, K)], apart())
+        traced(either, params(), normal(8, K), normal(2, 3, K))
 
 
 @pytest.mark.parametrize("lead", [2, 3])
 def test_a_loop_over_layers_is_one_stage(lead):
     p, x = params(lead), normal(8, K)
-    stages = Stages(in_a_loop, p, [x], apart())
+    stages = traced(in_a_loop, p, x)
     assert stages.weights == [set(NAMES)]
     np.testing.assert_allclose(through(stages, p, x), in_a_loop(p, x), rtol=1e-5, atol=1e-6)
 
@@ -104,7 +111,7 @@ def test_a_weight_that_is_used_twice_keeps_what_is_between_in_one_stage():
         return jnp.tanh(jnp.tanh(jnp.tanh(x @ p["q"]) @ p["k"]) @ p["q"]) @ p["o"]
 
     p, x = params(), normal(8, K)
-    stages = Stages(tied, p, [x], apart())
+    stages = traced(tied, p, x)
     assert stages.weights == [{"q", "k"}, {"o"}]
     held, products = stages.run(0, p, x)
     assert len(products) == 3
@@ -113,12 +120,12 @@ def test_a_weight_that_is_used_twice_keeps_what_is_between_in_one_stage():
 
 
 def test_a_group_is_one_stage():
-    stages = Stages(block, params(), [normal(8, K)], apart() | {"o": "both", "up": "both"})
+    stages = traced(block, params(), normal(8, K), groups=apart() | {"o": "both", "up": "both"})
     assert stages.weights == [{"q", "k"}, {"o", "gate", "up"}, {"down"}]
 
 
 def test_weights_that_are_not_quantized_end_no_stage():
-    stages = Stages(block, params(), [normal(8, K)], apart(("q", "down")))
+    stages = traced(block, params(), normal(8, K), groups=apart(("q", "down")))
     assert stages.weights == [{"q"}, {"down"}]
 
 
@@ -130,7 +137,7 @@ def test_no_more_is_handed_on_than_what_cannot_be_made_again_cheaply():
         return jnp.tanh(jnp.tanh(wide @ p["q"]) @ p["o"]).astype(x.dtype) + (wide.T.T @ p["down"]).astype(x.dtype)
 
     p, x = params(), normal(8, K).astype(jnp.bfloat16)
-    stages = Stages(cast, p, [x], apart())
+    stages = traced(cast, p, x)
     held, _ = stages.run(0, p, x)
     assert [(a.shape, a.dtype.name) for a in held] == [((8, K), "bfloat16")]
     assert stages.held[0] == x.nbytes
@@ -143,5 +150,5 @@ def test_memory_of_a_stage_is_that_of_its_values():
     def wide(p, x):
         return jnp.sum(jnp.exp(jnp.exp(x[:, :, None] * p["norm"])), 2) @ p["q"]
 
-    stages = Stages(wide, params(), [normal(64, K)], apart(("q",)))
+    stages = traced(wide, params(), normal(64, K), groups=apart(("q",)))
     assert 2 * 4 * 64 * K * K <= stages.peaks[0] < 3 * 4 * 64 * K * K

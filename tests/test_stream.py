@@ -13,6 +13,7 @@ from functions import normal
 import jaxquant as jq
 from jaxquant import workflows
 from jaxquant.numerics.statistics import HELD_OUT_EVERY, token_hash
+from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Calibration, calibrate
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.quantized import quantized
@@ -110,16 +111,27 @@ def test_rules_and_reports_are_those_of_the_block():
         Stream(block, [("gate", CONFIG), ("up", CONFIG)], inputs()).quantize(blocks()[0])
 
 
+def test_what_a_block_needs_is_said_before_it_is_quantized():
+    """Two Gram matrices, one after the other; and x with what "up" gives, in place of x."""
+    stream, (x, *_) = Stream(block, CONFIG, inputs()), inputs()
+    needs = stream.prepare(blocks()[0], x)
+    stats = calibrate(block, blocks()[0], [x])
+    each = [memory.types_bytes(product.inputs) for product in stats.products.values()]
+    assert (needs.held, needs.statistics) == (2 * x.nbytes, sum(each))
+    assert needs.memory.parts["statistics"] == max(each)
+    assert run(stream, blocks())  # the last input has another shape than x
+
+
 def sizes(report):
     return report.bytes_before, report.bytes_after
 
 
 def test_bits_are_allocated_over_a_whole_block():
     """All weights of a `MixedPrecision` are of one stage: of an even budget, one may get more than the other."""
-    mixed = jq.MixedPrecision([jq.RTN(jq.int4(group_size=16)), jq.RTN(jq.int8(group_size=16))], budget_bits=8)
+    mixed = jq.MixedPrecision(8, [jq.RTN(jq.int4(group_size=16)), jq.RTN(jq.int8(group_size=16))])
     params = {"up": normal(K, K), "down": 0.01 * normal(K, K, seed=1)}
     _, report = Stream(block, mixed, inputs()).quantize(params)
-    want, expected = quantize_params(params, calibrate(block, params, inputs()), mixed)
+    _, expected = quantize_params(params, calibrate(block, params, inputs()), mixed)
     assert {row.path: row.bits for row in report.layers} == {row.path: row.bits for row in expected.layers}
     assert sorted(row.bits for row in report.layers) == [4, 8]
 

@@ -18,7 +18,7 @@ from jaxquant.transforms.calibrate import Statistics
 from jaxquant.transforms.choose import Solved
 from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
 from jaxquant.transforms.judge import FALLBACKS, Fallback
-from jaxquant.transforms.programs import Programs, run
+from jaxquant.transforms.programs import needed_memory, run
 from jaxquant.transforms.recipe import name_of, needs_statistics, resolve, rules_of
 from jaxquant.transforms.report import LayerReport, Report
 from jaxquant.transforms.tracing.interpreter import is_matrix, named_leaves
@@ -65,7 +65,7 @@ def quantize_params(
     with meshes.set_one(twins):
         params, stats = meshes.moved(params, twins), meshes.moved_statistics(stats, twins)
         jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)
-        memory.ensure_fits(Programs(jobs).compile(), params)
+        memory.ensure_fits(needed_memory(jobs), params)
         tree, report = run_jobs(jobs, params, stats, progress)
     return meshes.moved(tree, {there: here for here, there in twins.items()}), report
 

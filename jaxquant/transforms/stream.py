@@ -14,7 +14,7 @@ from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Calibration, Statistics, tokens, types_of_statistics
 from jaxquant.transforms.memory import MemoryEstimate
-from jaxquant.transforms.programs import Programs
+from jaxquant.transforms.programs import needed_memory
 from jaxquant.transforms.quantize import configs_of, plan, run_jobs
 from jaxquant.transforms.quantized import quantized
 from jaxquant.transforms.report import Report, joined_reports
@@ -95,15 +95,16 @@ class Stream:
         self._fn, self._recipe, self._behind_float = fn, recipe, predecessors == "float"
         self._steps: list[_Step] = []
         self._stages: Stages | None = None
+        self._types: Statistics
         self._checked: set[int] = set()  # steps whose memory was looked at: it is the same in all blocks
 
     def prepare(self, params: Any, x: Any, real: Any = None) -> Needs:
         """What calibration takes for one block: its parameters, an input of it, and its mask."""
-        types = self._plan(params, [x])
-        if self._stages is None or types is None:
+        self._plan(params, x)
+        if self._stages is None:
             estimate = self._steps[0].calibration.prepare(params, x, None if real is None else jnp.asarray(real, bool))
             return Needs(estimate, memory.types_bytes(x), estimate.parts["statistics"])
-        sizes = [_statistics_bytes(types, weights) for weights in self._stages.weights]
+        sizes = [self._statistics_bytes(weights) for weights in self._stages.weights]
         working = [max(peak, size) for peak, size in zip(self._stages.peaks, [*sizes, 0], strict=True)]
         parts = {"statistics": max(sizes), "activations or results": max(working)}
         estimate = MemoryEstimate("calibrate", parts, "use batches of fewer or shorter sequences")
@@ -125,7 +126,8 @@ class Stream:
         """
         if self.inputs is None:
             return self._solved(params, None, self._recipe, 0)
-        self._plan(params, self.inputs)
+        for x in self.inputs:
+            self._plan(params, x)
         masks = [None] * len(self.inputs) if self._masks is None else self._masks
         rows = [(real, tokens(x, real)) for x, real in zip(self.inputs, masks, strict=True)]
         tree, reports = params, []
@@ -138,36 +140,40 @@ class Stream:
             del stats
             memory.give_back()
         if self._stages is not None and not last:
+            after = quantized(self._stages.result)
             for i, held in enumerate(self.inputs):
-                self.inputs[i] = jax.block_until_ready(self._after(tree, held))
+                self.inputs[i] = jax.block_until_ready(after(tree, held))
         return tree, joined_reports(reports, [path for path, _ in named_leaves(params)])
 
-    def _plan(self, params: Any, inputs: Sequence[Any]) -> Statistics | None:
-        """Finds the steps in which a block is quantized, which are those of every block; returns types of statistics.
-
-        None where they are not known, or the steps were known before.
-        """
+    def _plan(self, params: Any, x: Any) -> None:
+        """Finds the steps in which a block is quantized, for inputs like x; the steps are those of every block."""
         if self._steps:
-            return None
+            if self._stages is not None:
+                self._stages.trace(params, x)
+            return
         if self._behind_float:
             calibration = Calibration(self._fn, self._recipe, keep=lambda result: result, level=logging.DEBUG)
             self._steps = [_Step(self._recipe, calibration)]
-            return None
-        types = types_of_statistics(self._fn, params, inputs[0], self._recipe)
-        configs = configs_of(dict(named_leaves(params)), types, self._recipe)
+            return
+        self._types = types_of_statistics(self._fn, params, x, self._recipe)
+        configs = configs_of(dict(named_leaves(params)), self._types, self._recipe)
         groups = {path: config if isinstance(config, MixedPrecision) else path for path, config in configs.items()}
-        self._stages = Stages(self._fn, params, inputs, groups)
+        self._stages = Stages(self._fn, groups)
+        self._stages.trace(params, x)
         for i, weights in enumerate(self._stages.weights):
             recipe = [(re.escape(path), config) for path, config in configs.items() if path in weights]
             run = quantized(partial(self._stages.run, i))
             self._steps.append(_Step(recipe, Calibration(run, recipe, keep=lambda r: r[0], level=logging.DEBUG)))
-        self._after = quantized(partial(self._stages.result))
-        return types
+
+    def _statistics_bytes(self, weights: set[str]) -> int:
+        """Bytes of the statistics of some weights; those that share an input share them."""
+        inputs = [product.inputs for path, product in self._types.products.items() if path in weights]
+        return sum(map(memory.types_bytes, {id(shared): shared for shared in inputs}.values()))
 
     def _solved(self, params: Any, stats: Statistics | None, recipe: Any, step: int) -> tuple[Any, Report]:
         jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)
         if step not in self._checked:
-            memory.ensure_fits(Programs(jobs).compile(), params, logging.DEBUG)
+            memory.ensure_fits(needed_memory(jobs), params, logging.DEBUG)
             self._checked.add(step)
         return run_jobs(jobs, params, stats, None)
 
@@ -183,9 +189,3 @@ class Stream:
             yield inputs.pop(0), real, count
         if progress is not None:
             progress(before + len(rows), total)
-
-
-def _statistics_bytes(types: Statistics, weights: set[str]) -> int:
-    """Bytes of the statistics of some weights; those that share an input share them."""
-    inputs = [product.inputs for path, product in types.products.items() if path in weights]
-    return sum(map(memory.types_bytes, {id(shared): shared for shared in inputs}.values()))

@@ -5,7 +5,7 @@ after the other, each behind what the quantized ones before it give, and every p
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,41 +19,44 @@ from jaxquant.transforms.tracing import compat, interpreter
 class Stages:
     """The stages of a function `fn(params, x)`.
 
+    Args:
+      fn: any JAX function of arrays, or of pytrees of them.
+      groups: for the path of each weight that is quantized, its group: weights of one group are of one stage.
+
     Attributes:
       weights: the paths of the weights of each stage, in order. After those comes a last stage without any.
       held: bytes that each stage hands on to the next, for the largest input.
       peaks: bytes of the values of each stage that are needed at one time, if each equation runs by itself.
     """
 
-    def __init__(self, fn: Callable, params: Any, inputs: Iterable[Any], groups: Mapping[str, Any]):
-        """Traces and splits the function.
-
-        Args:
-          fn: any JAX function.
-          params: its parameters, as for `calibrate`.
-          inputs: the x that it will be called with, arrays or pytrees of them.
-          groups: for the path of each weight that is quantized, its group: weights of one group are of one stage.
-
-        Raises:
-          ValueError: the order of the weights differs between inputs.
-        """
+    def __init__(self, fn: Callable, groups: Mapping[str, Any]):
         self.weights: list[set[str]] = []
         self.held: list[int] = []
         self.peaks: list[int] = []
+        self._fn, self._groups = fn, groups
         self._parts: dict[tuple, tuple[Callable, Any]] = {}
-        for types, x in {_types(x): x for x in inputs}.items():
-            closed, structure, leaves, arrays = interpreter.trace(fn, params, (x,))
-            flat = jax.make_jaxpr(functools.partial(_evaluate, closed))(*[leaf for _, leaf in leaves], *arrays)
-            split = _Split(flat, [path if path in groups else None for path, _ in leaves], len(arrays), groups)
-            if self.weights and self.weights != split.weights:
-                raise ValueError("the function uses its weights in another order for inputs of other shapes")
-            self.weights = split.weights
-            parts = split.parts()
-            for stage, part in enumerate(parts):
-                self._parts[stage, types] = _callable(flat, len(leaves), part), structure
-                types = _types([v.aval for v in part.results])
-            self.held = _most(self.held, [_nbytes(part.results) for part in parts[:-1]])
-            self.peaks = _most(self.peaks, [_peak(part) for part in parts])
+
+    def trace(self, params: Any, x: Any) -> None:
+        """Traces and splits the function for inputs like x, unless it has done so before.
+
+        Raises:
+          ValueError: the order of the weights is not that for earlier inputs.
+        """
+        types = _types(x)
+        if (0, types) in self._parts:
+            return
+        closed, structure, leaves, arrays = interpreter.trace(self._fn, params, (x,))
+        flat = jax.make_jaxpr(functools.partial(_evaluate, closed))(*[leaf for _, leaf in leaves], *arrays)
+        split = _Split(flat, [path if path in self._groups else None for path, _ in leaves], self._groups)
+        if self.weights and self.weights != split.weights:
+            raise ValueError("the function uses its weights in another order for inputs of other shapes")
+        self.weights = split.weights
+        parts = split.parts()
+        for stage, part in enumerate(parts):
+            self._parts[stage, types] = _callable(flat, len(leaves), part), structure
+            types = _types([v.aval for v in part.results])
+        self.held = _most(self.held, [_nbytes(part.results) for part in parts[:-1]])
+        self.peaks = _most(self.peaks, [_peak(part) for part in parts])
 
     def run(self, stage: int, params: Any, held: Any) -> tuple[list, list]:
         """Runs a stage that has weights.
@@ -93,12 +96,11 @@ class _Split:
 
     Args:
       flat: the jaxpr.
-      paths: of its first arguments, those that are weights.
-      inputs: how many of its last arguments are no parameters.
+      paths: of its parameters, its first arguments; None if it is no weight.
       groups: of the weights, as for `Stages`.
     """
 
-    def __init__(self, flat: jexc.ClosedJaxpr, paths: list[str | None], inputs: int, groups: Mapping[str, Any]):
+    def __init__(self, flat: jexc.ClosedJaxpr, paths: list[str | None], groups: Mapping[str, Any]):
         self._eqns, self._outvars = flat.jaxpr.eqns, flat.jaxpr.outvars
         self._inputs = flat.jaxpr.invars[len(paths) :]
         self._weights = {v: {path} for v, path in zip(flat.jaxpr.invars, paths, strict=False) if path is not None}
