@@ -155,6 +155,25 @@ def test_padding_is_in_no_statistics():
         assert found[0][2][1].layers[0].tokens + 24 == found[2][2][1].layers[0].tokens + held_out(real)
 
 
+def test_padding_is_in_no_statistics_of_experts():
+    """Which have rows of their own, in another order."""
+    model = jq.Model.from_hf(SMALL | {"architectures": ["MixtralForCausalLM"], "num_local_experts": 3})
+    params = model.init(jax.random.key(0))
+    layer = {"layers": jax.tree.map(lambda a: a[:1], params["layers"]), "windows": model.blocks.windows[:1]}
+    x, real = normal(2, 12, 32), jnp.arange(12) < jnp.array([[7], [12]])
+    config = jq.RTN(jq.int8(activations=jq.ActivationSpec(static=True)))
+    stream = Stream(model.blocks.apply, model.layer_rules(config), [x], masks=[real])
+    _, report = stream.quantize(layer)
+    assert report.notes == {}
+    seen = {row.path: 0 for row in report.layers}
+    for row in report.layers:
+        seen[row.path] += row.tokens
+    attention, experts = ({n for path, n in seen.items() if what in path} for what in ("self_attn", "experts"))
+    assert attention == {19 - held_out([~real])}
+    assert len(experts) == 1  # two for each token, of which other rows are held out
+    assert 2 * 19 * (1 - 2 / HELD_OUT_EVERY) < experts.pop() <= 2 * 19
+
+
 def held_out(real):
     """How many of the rows left out are held out of the sums anyway."""
     start, count = 0, 0

@@ -92,7 +92,8 @@ class _Split:
 
     A value's level is the number of products with weights, one after the other, that it follows from. A stage has the
     weights whose inputs are of one level, or of several where a group would be apart. It begins at the first of those:
-    what is of the others is computed to see the inputs of its weights, and then again when they are quantized.
+    what is of the others is computed to see the inputs of its weights, and then again when they are quantized. Experts
+    are one group: which of the rows that were sorted for them are tokens, is known from what has sorted them.
 
     Args:
       flat: the jaxpr.
@@ -107,13 +108,14 @@ class _Split:
         self._level = dict.fromkeys(self._inputs, 0)
         self._maker: dict[Any, Any] = {}
         self._products: list[tuple[int, Any]] = []  # with the levels of their inputs
+        self._experts: set[str] = set()
         levels: list[set[str]] = []  # the weights with inputs of each level
         for eqn in self._eqns:
             self._place(eqn, levels)
         spans: dict[Any, list[int]] = {}
         for level, weights in enumerate(levels):
             for path in weights:
-                spans.setdefault(groups[path], []).append(level)
+                spans.setdefault("experts" if path in self._experts else groups[path], []).append(level)
         within = {level for span in spans.values() for level in range(span[0] + 1, span[-1] + 1)}
         self._starts = [level for level in range(len(levels)) if level not in within]
         ends = [*self._starts[1:], len(levels)]
@@ -131,6 +133,7 @@ class _Split:
             levels += [set() for _ in range(level + 1 - len(levels))]
             levels[level] |= weights
             self._products.append((level, eqn))
+            self._experts |= weights if eqn.primitive.name == "ragged_dot_general" else set()
         self._level.update(dict.fromkeys(eqn.outvars, level + bool(weights)))
         self._maker.update(dict.fromkeys(eqn.outvars, eqn))
 
