@@ -169,7 +169,7 @@ def test_padding_is_in_no_statistics_of_experts():
     for row in report.layers:
         seen[row.path] += row.tokens
     attention, experts = ({n for path, n in seen.items() if what in path} for what in ("self_attn", "experts"))
-    assert attention == {19 - held_out([~real])}
+    assert attention == {19 - held_out([~real.reshape(-1)])}
     assert len(experts) == 1  # two for each token, of which other rows are held out
     assert 2 * 19 * (1 - 2 / HELD_OUT_EVERY) < experts.pop() <= 2 * 19
 
