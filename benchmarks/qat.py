@@ -3,7 +3,7 @@
     python benchmarks/qat.py [--steps N] [--settings NAME ...] [--out benchmarks/results/qat.json]
 
 Each setting is rounded to nearest (RTN), by GPTQ with refinement, by rounding learned from there on, and trained from
-there on, with learned ranges (LSQ). The loss of training is the divergence from the frozen float model, which knows no
+there on, with learned ranges (LSQ); no rounding is learned where inputs are rounded too. The loss of training is the divergence from the frozen float model, which knows no
 labels: the float model itself, trained so on the same tokens, stays what it is, so nothing is earned by going on with
 pretraining. Increase of the loss and divergence are measured on held-out text; `recovered` is the share of RTN's
 divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step times are medians of a step with rounded numbers
@@ -123,8 +123,9 @@ def measure(steps: int, settings: list[str], out: Path) -> dict:
         qparams, _ = jq.quantize_params(params, stats, model.recipe(gptq))
         add("GPTQ refined", qparams)
         if spec.activations is None:
-            steps = {"steps": ROUNDING_STEPS, "rate": ROUNDING_RATE}
-            add("then learned rounding", rounding.learned(model, params, qparams, samples, **steps))
+            learning = {"steps": ROUNDING_STEPS, "rate": ROUNDING_RATE}
+            qparams = rounding.learned(model, params, qparams, samples, **learning)
+            add("then learned rounding", qparams)
         found, losses = trained(model, params, qparams, spec, RATES[name], data)
         add("then QAT", found)
         row["then QAT"]["losses"] = losses
