@@ -3,11 +3,11 @@
     python benchmarks/qat.py [--steps N] [--settings NAME ...] [--out benchmarks/results/qat.json]
 
 Each setting is rounded to nearest (RTN), by GPTQ with refinement, by rounding learned from there on, and trained from
-there on, with learned ranges (LSQ); no rounding is learned where inputs are rounded too. The loss of training is the divergence from the frozen float model, which knows no
-labels: the float model itself, trained so on the same tokens, stays what it is, so nothing is earned by going on with
-pretraining. Increase of the loss and divergence are measured on held-out text; `recovered` is the share of RTN's
-divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step times are medians of a step with rounded numbers
-and of one without, taken in turns.
+there on, with learned ranges (LSQ); no rounding is learned where inputs are rounded too. The loss of training is the
+divergence from the frozen float model, which knows no labels: the float model itself, trained so on the same tokens,
+stays what it is, so nothing is earned by going on with pretraining. Increase of the loss and divergence are measured on
+held-out text; `recovered` is the share of RTN's divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step
+times are medians of a step with rounded numbers and of one without, taken in turns.
 """
 
 import argparse

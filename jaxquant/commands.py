@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxquant import inspection, workflows, writing
-from jaxquant.checkpoints.directory import write_whole
+from jaxquant.checkpoints.directory import check_writable, write_whole
 from jaxquant.checkpoints.formats import FOREIGN
 from jaxquant.kernels import tune as tuning
 from jaxquant.methods.awq import AWQ
@@ -201,11 +201,11 @@ def inspect(args: Namespace) -> None:
 
 def tune(args: Namespace) -> None:
     """Runs `jaxquant tune`. Errors as the library's."""
-    chip = tuning.chip_of(jax.devices()[0])
+    out, chip = check_writable(args.out), tuning.chip_of(jax.devices()[0])
     with _progress() as progress:
         found, failed = tuning.tune(chip, args.shapes, args.tokens, args.weights, progress=progress)
     about = {"jax": jax.__version__, "failed": failed}
-    write_whole(Path(args.out), found.to_json(about))
+    write_whole(out, found.to_json(about))
     if args.json:
         return _print_json({"out": args.out, "chip": chip, "rows": len(found.rows), **about})
     for line in failed:
@@ -228,7 +228,7 @@ def report(args: Namespace) -> None:
     from jaxquant.reporting import page  # with a template engine, which no other command waits for
     from jaxquant.reporting.collect import collect
 
-    page.check_writable(args.out)
+    check_writable(args.out)
     with _progress() as progress:
         found = collect(args.models, baseline=args.baseline, data=args.data, context=args.context, progress=progress)
     page.write(found, args.out)

@@ -170,3 +170,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_the_clock_runs_the_implementation_that_it_names():
     q = jq.quantize(jnp.ones((64, 32)), jq.int8())
     assert 0 < tune.seconds("reference", jnp.ones((2, 64)), q) < 10
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    assert cli.main(["tune", "--out", str(tmp_path / "no" / "tiles.json")]) == 1
+    assert f"{tmp_path / 'no'} does not exist; create it before writing tiles.json" in capsys.readouterr().err

@@ -169,6 +169,18 @@ def flush(directory: Path) -> None:
         sync(Path(folder))
 
 
+def check_writable(path: str | os.PathLike) -> Path:
+    """The path of a file that can be written, made absolute; OSError, before the work, where it cannot."""
+    target = Path(os.path.abspath(os.path.expanduser(path)))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory; give the name of a file")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"cannot write into {target.parent}: no permission")
+    return target
+
+
 def write_whole(file: Path, text: str) -> None:
     """Writes a text file, which has all of it or is what it was before.
 

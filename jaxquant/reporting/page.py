@@ -7,13 +7,12 @@ scripts and everything that would have to be fetched.
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
 
-from jaxquant.checkpoints.directory import write_whole
+from jaxquant.checkpoints.directory import check_writable, write_whole
 from jaxquant.reporting import figures
 from jaxquant.reporting.collect import Findings
 
@@ -27,18 +26,6 @@ def write(findings: Findings, path: str | os.PathLike) -> None:
       OSError: the file cannot be written.
     """
     write_whole(check_writable(path), render(findings))
-
-
-def check_writable(path: str | os.PathLike) -> Path:
-    """The path of a file that can be written, made absolute; OSError, before the work, where it cannot."""
-    target = Path(os.path.abspath(os.path.expanduser(path)))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} does not exist; create it before writing {target.name} into it")
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory; give the name of a file, such as report.html")
-    if not os.access(target.parent, os.W_OK):
-        raise PermissionError(f"cannot write into {target.parent}: no permission")
-    return target
 
 
 def render(findings: Findings) -> str:
