@@ -286,7 +286,7 @@ def test_memory_is_told_before_work_and_refused(checkpoint, tmp_path, capsys, mo
     monkeypatch.setattr("jaxquant.transforms.memory.available", lambda devices: 2**10)
     status, text, error = run(capsys, *quantize_arguments(checkpoint, tmp_path / "r", "--json"))
     assert (status, text) == (1, "")
-    assert error.strip().splitlines()[-1].startswith("jaxquant: error: calibrate will allocate about")
+    assert error.strip().splitlines()[-1].startswith("jaxquant: error: quantizing layer by layer will allocate about")
     assert not (tmp_path / "r").exists()
 
 

@@ -18,8 +18,7 @@ from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import QuantSpec, int4, int8
 from jaxquant.numerics.statistics import InputStatistics
-from jaxquant.transforms import jobs
-from jaxquant.transforms import quantize as module
+from jaxquant.transforms import jobs, programs
 from jaxquant.transforms.calibrate import ProductStatistics, Statistics, calibrate
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.report import LayerReport, Report
@@ -70,13 +69,13 @@ def test_stacks_and_lists_give_what_each_matrix_alone_gives(given):
 def test_equal_shapes_run_in_one_program_however_they_are_cut(given, monkeypatch):
     params, stats = given
     traced = []
-    original = module.one_by_one_on_cpu  # is called when a program is traced
-    monkeypatch.setattr(module, "one_by_one_on_cpu", lambda fn: traced.append(1) or original(fn))
-    module._run.clear_cache()
+    original = programs.one_by_one_on_cpu  # is called when a program is traced
+    monkeypatch.setattr(programs, "one_by_one_on_cpu", lambda fn: traced.append(1) or original(fn))
+    programs.run.clear_cache()
     config = RTN(QuantSpec(bits=5))
     whole, _ = quantize_params(params, stats, config)
     assert len(traced) == 2  # [K, N] and [N, K]
-    module._run.clear_cache()
+    programs.run.clear_cache()
     traced.clear()
     monkeypatch.setattr(jobs, "CHUNK_BYTES", 4 * 4 * K * (K + N))  # 4 at once, of 5 or more
     cut, _ = quantize_params(params, stats, config)
@@ -367,7 +366,7 @@ def test_a_group_size_that_does_not_fit_names_those_that_do(given):
 
 def test_no_work_is_done_before_all_is_checked(given, monkeypatch):
     params, stats = given
-    monkeypatch.setattr(module, "_run", None)
+    monkeypatch.setattr("jaxquant.transforms.quantize.run", None)
     broken = {**params, "stack": {**params["stack"], "out": params["stack"]["out"].at[0, 0, 0].set(jnp.inf)}}
     with pytest.raises(ValueError, match="not finite"):
         quantize_params(broken, stats, RTN(int8()))
