@@ -9,6 +9,16 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "colab").glob("*.ipynb"))
 
 
+@pytest.fixture
+def shared_programs(tmp_path_factory, monkeypatch):
+    """Notebooks compile much alike; with a limit to its size, the store of programs is locked while one uses it."""
+    folder = tmp_path_factory.getbasetemp().parent / "notebooks"  # of all workers
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**32))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
