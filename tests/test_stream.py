@@ -22,7 +22,7 @@ from jaxquant.transforms.stream import Stream
 
 K, BLOCKS = 32, 3
 CONFIG, NEAREST = jq.GPTQ(jq.int4(group_size=16)), jq.RTN(jq.int4(group_size=16))
-NEAREST_INPUTS = jq.RTN(jq.int8(activations=jq.ActivationSpec(bits=4, static=True)))  # of calibrated ranges
+NEAREST_INPUTS = jq.RTN(jq.int4(activations=jq.ActivationSpec(static=True)))  # of calibrated ranges
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 64,
