@@ -1,7 +1,8 @@
 """What quantizing a checkpoint layer by layer will take, said before it begins: memory, disk and time.
 
-Sizes follow from shapes, and the memory of calibration from the compiled program. The time is a guess: operations,
-counted, at the speed of one product of matrices, measured; compiling comes on top.
+Sizes follow from shapes; those of what is computed in between, from the traced function, or, behind float layers, from
+the compiled program. The time is a guess: operations, counted, at the speed of one product of matrices, measured;
+compiling comes on top.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class Preflight:
       count: how many such layers there are.
       outer: bytes of the parameters outside of the layers, which are kept as they are.
       activations: bytes of the inputs of one layer for all samples; 0 without calibration.
-      held: bytes of all samples that are kept meanwhile, at most.
+      held: bytes of what is kept of all samples between two steps of quantizing a layer, at most.
       tokens: in all samples.
       calibration: what calibrating one layer takes for one batch; None without calibration.
     """

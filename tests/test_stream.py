@@ -122,6 +122,64 @@ def test_what_a_block_needs_is_said_before_it_is_quantized():
     assert run(stream, blocks())  # the last input has another shape than x
 
 
+def test_an_error_leaves_no_inputs_behind():
+    """Which would be those of a product within the block."""
+    stream = Stream(block, CONFIG, inputs())
+    with pytest.raises(ValueError, match=r"'down': 1 of its .* entries are not finite"):
+        stream.quantize({**blocks()[0], "down": normal(K, K).at[0, 0].set(jnp.nan)})
+    with pytest.raises(ValueError, match="needs at least one batch, but `inputs` is empty, as it is after an error"):
+        stream.quantize(blocks()[0])
+    stream.inputs = inputs()
+    want, _ = Stream(block, CONFIG, inputs()).quantize(blocks()[0])
+    assert bits_of(stream.quantize(blocks()[0])[0]) == bits_of(want)
+    with pytest.raises(ValueError, match="there are 2 masks for 3 inputs"):
+        Stream(block, CONFIG, inputs(), masks=[None, None])
+
+
+def prints(params, x):
+    jax.debug.callback(lambda a: None, x[0, 0])
+    return block(params, x)
+
+
+def test_a_block_that_cannot_be_split_is_one_step():
+    """Calibrated as it is, behind quantized blocks."""
+    done = run(Stream(prints, CONFIG, inputs()), blocks()[:2])
+    first, _ = quantize_params(blocks()[0], calibrate(block, blocks()[0], inputs()), CONFIG)
+    assert bits_of(done[0][0]) == bits_of(first)
+    stats = calibrate(lambda p, x: block(p, quantized(block)(first, x)), blocks()[1], inputs())
+    assert bits_of(done[1][0]) == bits_of(quantize_params(blocks()[1], stats, CONFIG)[0])
+    half, _ = quantize_params(blocks()[0], None, [("up", NEAREST)])
+    tree, report = Stream(quantized(block), [("down", CONFIG)], inputs()).quantize(half)
+    assert bits_of(tree["up"]) == bits_of(half["up"])
+    assert ([row.path for row in report.layers], report.unchanged) == (["down"], ("up",))
+
+
+def test_a_weight_that_sees_no_token_is_rounded_to_nearest():
+    def fn(params, x):
+        h = jnp.tanh(x @ params["up"])
+        return jax.lax.cond(h[0, 0] > 2, lambda h: h @ params["down"], lambda h: h, h)
+
+    tree, report = Stream(fn, CONFIG, inputs()).quantize(blocks()[0])
+    assert {row.path: row.fallback for row in report.layers} == {"up": None, "down": "no calibration tokens"}
+    want, _ = quantize_params(blocks()[0], None, NEAREST)
+    assert bits_of(tree["down"]) == bits_of(want["down"])
+    with pytest.raises(ValueError, match="no calibration token has finite inputs"):
+        Stream(block, CONFIG, [jnp.full((8, K), jnp.nan)]).quantize(blocks()[0])
+
+
+def test_lookups_within_a_block_are_quantized_too():
+    def fn(params, x):
+        return {**x, "h": x["h"] @ params["up"] + params["table"][x["ids"]]}
+
+    params = {"up": normal(K, K), "table": normal(9, K)}
+    x = {"h": normal(40, K), "ids": jnp.arange(40) % 9}
+    rules = [("table", NEAREST), (".*", CONFIG)]
+    tree, report = Stream(fn, rules, [x]).quantize(params)
+    want, expected = quantize_params(params, calibrate(fn, params, [x]), rules)
+    assert bits_of(tree) == bits_of(want)
+    assert [row.path for row in report.layers] == [row.path for row in expected.layers] == ["table", "up"]
+
+
 def sizes(report):
     return report.bytes_before, report.bytes_after
 

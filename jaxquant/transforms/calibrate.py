@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +58,7 @@ def types_of_statistics(fn: Callable, params: Any, batch: Any, recipe: Any) -> S
     """What `calibrate` would give, with types in place of arrays, by tracing alone. Arguments and errors as there."""
     program = _Program(fn, params, batch, None, recipe)
 
-    def typed(inputs: Inputs, last: bool) -> Any:
+    def typed(inputs: Inputs, _) -> Any:
         return jax.eval_shape(lambda total: assemble(inputs, total, False), program.types)
 
     return _statistics([program], typed)
@@ -101,7 +101,9 @@ def calibrate(
       [3.0, 4.0]
     """
     masked = ((batch, None if mask is None else jnp.asarray(mask(batch), bool)) for batch in batches)
-    return Calibration(fn, recipe).run(params, ((batch, real, tokens(batch, real)) for batch, real in masked))[0]
+    stats, _ = Calibration(fn, recipe).run(params, ((batch, real, tokens(batch, real)) for batch, real in masked))
+    check_tokens([(product.inputs.count, product.inputs.dropped) for product in stats.products.values()])
+    return stats
 
 
 class Calibration:
@@ -129,15 +131,16 @@ class Calibration:
     def run(self, params: Any, batches: Iterable[tuple[Any, jax.Array | None, int]]) -> tuple[Statistics, list]:
         """One pass over batches, each with its mask or None and its `tokens`.
 
-        Returns the statistics, and what is kept of the function's results.
-
-        Errors as `calibrate`.
+        Returns the statistics, and what is kept of the function's results. Errors as `calibrate`, but that nothing is
+        said of products that saw no token: see `check_tokens`.
         """
         used: list[_Program] = []
         total, position, results = None, 0, []
-        kind = _kind(params)
+        kind = interpreter.kind_of(params)
         for batch, real, count in batches:
-            program = self._program((kind, *_kind((batch, real))), params, batch, real, begun=total is not None)
+            program = self._program(
+                (kind, *interpreter.kind_of((batch, real))), params, batch, real, begun=total is not None
+            )
             if program not in used:
                 used.append(program)
             if program.uses != used[0].uses:
@@ -148,25 +151,22 @@ class Calibration:
             position += count
         if total is None:
             raise ValueError("calibration needs at least one batch, but `batches` is empty")
-        return _finish(used, total), results
+        return _statistics(used, lambda inputs, last: assemble(inputs, total, last)), results
 
     def prepare(self, params: Any, batch: Any, real: jax.Array | None) -> MemoryEstimate:
         """Compiles what runs for batches of one kind, and returns what it will allocate. Errors as `calibrate`."""
-        return self._program((_kind(params), *_kind((batch, real))), params, batch, real, begun=False).needed
+        return self._program(
+            (interpreter.kind_of(params), *interpreter.kind_of((batch, real))), params, batch, real, begun=False
+        ).needed
 
-    def _program(self, key: tuple, params, batch, real: jax.Array | None, begun: bool) -> "_Program":
+    def _program(self, kind: tuple, params, batch, real: jax.Array | None, begun: bool) -> "_Program":
+        key = (kind, *interpreter.kind_of((batch, real)))
         if key not in self._programs:
             program = _Program(self._fn, params, batch, real, self._recipe, self._keep)
             program.needed = program.memory(params, batch, real, begun)
             memory.ensure_fits(program.needed, params, self._level)
             self._programs[key] = program
         return self._programs[key]
-
-
-def _kind(batch) -> tuple:
-    """What a compiled program depends on: structure, shapes and dtypes, and the values of leaves that are no arrays."""
-    leaves, structure = jax.tree.flatten(batch)
-    return structure, *((a.shape, a.dtype) if interpreter.traceable(a) else a for a in leaves)
 
 
 def tokens(batch: Any, real: jax.Array | None) -> int:
@@ -253,14 +253,13 @@ def _statistics(programs: list[_Program], make: Callable[[Inputs, bool], Any]) -
     return Statistics(products, lookups, tuple(dict.fromkeys(notes)))
 
 
-def _finish(programs: list[_Program], total: list[Moments]) -> Statistics:
-    stats = _statistics(programs, lambda inputs, last: assemble(inputs, total, last))
-    every = [product.inputs for product in stats.products.values()]
-    if every and not any(jnp.any(i.count > 0) for i in every):
-        if any(jnp.any(i.dropped > 0) for i in every):
-            raise ValueError(
-                "no calibration token has finite inputs to any product: a parameter holds NaN or infinity, or the "
-                "batches hold something the function gives NaN for, such as token ids outside of the vocabulary"
-            )
-        raise ValueError("the batches hold no token, or `mask` leaves none: there is nothing to calibrate with")
-    return stats
+def check_tokens(seen: Sequence[tuple[jax.Array, jax.Array]]) -> None:
+    """Raises ValueError if products, of which these are tokens counted and dropped, have seen none."""
+    if not seen or any(jnp.any(count > 0) for count, _ in seen):
+        return
+    if any(jnp.any(dropped > 0) for _, dropped in seen):
+        raise ValueError(
+            "no calibration token has finite inputs to any product: a parameter holds NaN or infinity, or the batches "
+            "hold something the function gives NaN for, such as token ids outside of the vocabulary"
+        )
+    raise ValueError("the batches hold no token, or `mask` leaves none: there is nothing to calibrate with")

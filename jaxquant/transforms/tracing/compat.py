@@ -1,6 +1,6 @@
 """All that differs between the supported JAX versions (0.10.2 to 0.12), and the primitives without a public name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +24,14 @@ def inner_jaxpr(eqn) -> jexc.ClosedJaxpr:
         if name in eqn.params:
             return close(eqn.params[name])
     raise TypeError(f"`{eqn.primitive.name}` has no jaxpr among its parameters {sorted(eqn.params)}")
+
+
+def inner_jaxprs(eqn) -> Iterator[jexc.ClosedJaxpr]:
+    """All jaxprs among the parameters of an equation."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jexc.Jaxpr | jexc.ClosedJaxpr):
+                yield close(item)
 
 
 def bind(eqn, values: list, closed: jexc.ClosedJaxpr) -> list:

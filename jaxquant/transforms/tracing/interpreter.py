@@ -216,6 +216,12 @@ def traceable(leaf) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
+def kind_of(tree: Any) -> tuple:
+    """What a compiled program depends on: structure, shapes and dtypes, and the values of leaves that are no arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *((a.shape, a.dtype) if traceable(a) else a for a in leaves)
+
+
 def is_matrix(leaf) -> bool:
     """Whether a leaf of a parameter tree is a float array of two or more axes, and not empty."""
     return traceable(leaf) and leaf.ndim >= 2 and leaf.size > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
