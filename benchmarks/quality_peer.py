@@ -7,9 +7,9 @@ quantize the packaged model on the same calibration tokens and write compressed-
 checkpoint in float32 on the same held-out windows. GPTQ runs with and without act-order and with scales that clip by
 the squared error of the weights (`mse`); only jaxquant has more: scales that clip by the error that the diagonal of the
 Gram matrix gives, refinement, and GPTQ of AWQ's scales. llm-compressor quantizes a layer on what the quantized layers
-before it give (`oneshot` is sequential), jaxquant a weight on what the quantized weights before it give. Numbers are nats per token with the
-standard error of the paired difference over windows; the last rows compare the best of jaxquant with the best of
-llm-compressor.
+before it give (`oneshot` is sequential), jaxquant a weight on what the quantized weights before it give. Numbers are
+nats per token with the standard error of the paired difference over windows; the last rows compare the best of jaxquant
+with the best of llm-compressor.
 """
 
 import argparse
