@@ -37,7 +37,7 @@ from jaxquant.models.names import (
     tensor_paths,
 )
 from jaxquant.models.stacking import alike, is_stacked, layer_of, stack_layers, unstack_layers
-from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.qtensor import holds_qtensors
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
@@ -150,7 +150,7 @@ class Checkpoint:
     def is_quantized(self) -> bool:
         """Whether some of it is quantized."""
         if isinstance(self.source, dict):
-            return any(map(is_qtensor, jax.tree.leaves(self.source, is_leaf=is_qtensor)))
+            return holds_qtensors(self.source)
         return isinstance(self.source, QuantizedTensors)
 
 

@@ -92,7 +92,7 @@ def test_weights_behind_quantized_ones_see_what_those_give():
     done = run(Stream(block, CONFIG, inputs()), blocks())
     want = weight_by_weight(blocks(), CONFIG)
     for (tree, report), expected in zip(done, want, strict=True):
-        assert bits_of(jax.tree.map(lambda a: a, tree)) == bits_of(expected)
+        assert bits_of(tree) == bits_of(expected)
         assert [row.path for row in report.layers] == ["down", "up"]
         assert report.unchanged == ()
     behind_float = run(Stream(block, CONFIG, inputs(), predecessors="float"), blocks())

@@ -260,3 +260,8 @@ def is_packed(spec: QuantSpec) -> bool:
 def is_qtensor(leaf) -> bool:
     """True for a QTensor: the `is_leaf` of tree functions that treat one as a single leaf."""
     return isinstance(leaf, QTensor)
+
+
+def holds_qtensors(tree) -> bool:
+    """Whether a leaf of a tree is a QTensor."""
+    return any(map(is_qtensor, jax.tree.leaves(tree, is_leaf=is_qtensor)))

@@ -13,7 +13,7 @@ from jaxquant.evaluation.data import take_samples
 from jaxquant.evaluation.metrics import Comparison, compare, perplexity
 from jaxquant.methods.rtn import RTN
 from jaxquant.models.model import Model
-from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.qtensor import holds_qtensors, is_qtensor
 from jaxquant.numerics.spec import QuantSpec
 from jaxquant.reporting import texts
 from jaxquant.reporting.errors import relative_errors
@@ -186,7 +186,7 @@ class _Session:
         some = take_samples(tokens, PROMPTS, min(PASSAGE_TOKENS, length))
         self._passage = some[len(some) // 2]
         samples = take_samples(tokens, SAMPLES, length)
-        if any(map(is_qtensor, jax.tree.leaves(lead.params, is_leaf=is_qtensor))):
+        if holds_qtensors(lead.params):
             self.notes.append(f"{lead.name} is quantized: ranges of activations need a float model as --baseline.")
             return
         recipe = lead.model.recipe(RTN(QuantSpec()))  # only which weights matters

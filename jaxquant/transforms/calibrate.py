@@ -208,7 +208,7 @@ class _Program:
 
     def memory(self, params, batch, real: jax.Array | None, begun: bool) -> MemoryEstimate:
         """What `calibrate` allocates, beside the sums that it holds already if it has `begun`; compiles the program."""
-        arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
+        arrays = interpreter.arrays_of(batch)
         leaves = jax.tree.leaves(params)
         compiled = self._compiled.lower(self.types, leaves, arrays, jnp.uint32(0), real).compile()
         sums = memory.types_bytes(self.types)
@@ -233,7 +233,7 @@ class _Program:
 
     def add(self, total: list[Moments], params, batch, position: int, real: jax.Array | None) -> tuple[list, Any]:
         """Merges moments of every site over one batch into the total, which is used up; returns it and the result."""
-        arrays = [a for a in jax.tree.leaves(batch) if interpreter.traceable(a)]
+        arrays = interpreter.arrays_of(batch)
         return self._compiled(total, jax.tree.leaves(params), arrays, jnp.uint32(position % 2**32), real)
 
 

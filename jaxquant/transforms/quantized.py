@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.kernels.matmul import quantized_matmul, quantized_ragged_matmul
-from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.qtensor import holds_qtensors, is_qtensor
 from jaxquant.transforms.arguments import Static, is_hashable
 from jaxquant.transforms.tracing import compat, interpreter, payloads
 from jaxquant.transforms.tracing.views import View
@@ -48,7 +48,7 @@ def quantized(fn: Callable, *, allow_dense: bool = False) -> Callable:
 
     @functools.wraps(fn)
     def run(params, *inputs, **options):
-        if not any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
+        if not holds_qtensors(params):
             return fn(params, *inputs, **options)
         arrays, rest = Static.split((inputs, options))
         return compiled(params, arrays, rest)

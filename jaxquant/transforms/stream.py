@@ -168,7 +168,7 @@ class Stream:
         check_tokens(seen)
         if not last:
             for i, x in enumerate(held):
-                held[i] = x if self._behind_float else jax.block_until_ready(self._after(tree, x))
+                held[i] = jax.block_until_ready(self._after(tree, x))
             self.inputs = held
         return tree, joined_reports(reports, [path for path, _ in named_leaves(params, is_qtensor)])
 
@@ -210,7 +210,8 @@ class Stream:
         """One step: all weights of a block are calibrated together."""
         keep = (lambda result: result) if self._behind_float else None
         self._steps = [_Step(self._recipe, Calibration(self._fn, self._recipe, keep=keep, level=DEBUG))]
-        self._stages, self._after, self._lookups = None, quantized(self._fn), []
+        self._after = (lambda tree, result: result) if self._behind_float else quantized(self._fn)
+        self._stages, self._lookups = None, []
 
     def _solved(self, params: Any, stats: Statistics | None, recipe: Any, step: int) -> tuple[Any, Report]:
         jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)

@@ -216,6 +216,11 @@ def traceable(leaf) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
+def arrays_of(tree: Any) -> list:
+    """The leaves of a tree that are arrays."""
+    return [leaf for leaf in jax.tree.leaves(tree) if traceable(leaf)]
+
+
 def kind_of(tree: Any) -> tuple:
     """What a compiled program depends on: structure, shapes and dtypes, and the values of leaves that are no arrays."""
     leaves, structure = jax.tree.flatten(tree)

@@ -10,6 +10,8 @@ from jax import lax
 
 from jaxquant.transforms.tracing.views import Factor, View, own_order
 
+DOT, RAGGED_DOT = "dot_general", "ragged_dot_general"  # primitives
+
 
 @dataclasses.dataclass
 class Product:
@@ -123,9 +125,9 @@ class Product:
 
 def as_product(eqn, ins: list) -> Product | None:
     """The product that an equation with one view among its inputs is; None if it is none that is known."""
-    if eqn.primitive.name == "dot_general":
+    if eqn.primitive.name == DOT:
         return _dot_general(eqn, ins)
-    if eqn.primitive.name == "ragged_dot_general":
+    if eqn.primitive.name == RAGGED_DOT:
         return _ragged_dot(eqn, ins)
     return None
 

@@ -13,11 +13,11 @@ import jax.extend.core as jexc
 import numpy as np
 from jax import lax
 
-from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.qtensor import holds_qtensors
 from jaxquant.transforms.memory import types_bytes
 from jaxquant.transforms.tracing import compat, interpreter
+from jaxquant.transforms.tracing.products import DOT, RAGGED_DOT
 
-PRODUCTS = ("dot_general", "ragged_dot_general")
 EXPERTS = object()  # the group of all weights of ragged products
 
 
@@ -67,7 +67,7 @@ class Stages:
         """
         key = (interpreter.kind_of(params), interpreter.kind_of(x))
         if key not in self._kinds:
-            if any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor))):
+            if holds_qtensors(params):
                 return None
             closed, structure, leaves, arrays = interpreter.trace(self._fn, params, (x,))
             if not _is_plain(closed):
@@ -76,21 +76,18 @@ class Stages:
             split = _Split(flat, [path if path in self._groups else None for path, _ in leaves], self._groups)
             if set().union(*split.weights) != set(self._groups):
                 return None
-            self._add(split, [_callable(flat, len(leaves), part) for part in split.parts()], structure)
+            if self._traces and self.weights != split.weights:
+                raise ValueError("the function uses its weights in another order for inputs of other shapes")
+            self.weights, parts = split.weights, split.parts()
+            self.handed_on = _most(self.handed_on, [_nbytes(part.results) for part in parts[:-1]])
+            self.peaks = _most(self.peaks, [_peak(part.eqns, part.results) for part in parts])
+            self._traces.append(([_callable(flat, len(leaves), part) for part in parts], structure))
             self._kinds[key] = len(self._traces) - 1
         return self._kinds[key]
 
-    def _add(self, split: "_Split", functions: list[Callable], structure: Any) -> None:
-        if self._traces and self.weights != split.weights:
-            raise ValueError("the function uses its weights in another order for inputs of other shapes")
-        self.weights, parts = split.weights, split.parts()
-        self._traces.append((functions, structure))
-        self.handed_on = _most(self.handed_on, [_nbytes(part.results) for part in parts[:-1]])
-        self.peaks = _most(self.peaks, [_peak(part.eqns, part.results) for part in parts])
-
     def begin(self, kind: int, x: Any) -> Held:
         """The input of the first stage, for inputs of a kind."""
-        return Held(kind, [leaf for leaf in jax.tree.leaves(x) if interpreter.traceable(leaf)])
+        return Held(kind, interpreter.arrays_of(x))
 
     def run(self, stage: int, params: Any, held: Held) -> tuple[list, list]:
         """Runs a stage that has weights.
@@ -156,19 +153,19 @@ class _Split:
         read = _variables(eqn.invars)
         made_of: set[str] = set().union(*(self._made_of.get(v, ()) for v in read))
         below = [self._level[v] for v in read if v in self._level]
-        is_product = bool(made_of) and (eqn.primitive.name in PRODUCTS or any(compat.inner_jaxprs(eqn)))
+        level = max(below, default=0)
+        is_product = bool(made_of) and (eqn.primitive.name in (DOT, RAGGED_DOT) or any(compat.inner_jaxprs(eqn)))
         if is_product:
-            level = max(below, default=0)
             self._products.append((level, made_of, eqn))
         elif made_of:  # a part of a weight, say
             self._made_of.update(dict.fromkeys(eqn.outvars, made_of))
         if is_product or below:
-            self._level.update(dict.fromkeys(eqn.outvars, max(below, default=0) + is_product))
+            self._level.update(dict.fromkeys(eqn.outvars, level + is_product))
             self._maker.update(dict.fromkeys(eqn.outvars, eqn))
 
     def _first_levels(self, groups: Mapping[str, Any]) -> list[int]:
         """The level at which each stage begins."""
-        experts = {path for _, weights, eqn in self._products if eqn.primitive.name == PRODUCTS[1] for path in weights}
+        experts = {path for _, weights, eqn in self._products if eqn.primitive.name == RAGGED_DOT for path in weights}
         spans: dict[Any, list[int]] = {}
         for level, weights, _ in self._products:
             for path in weights:
