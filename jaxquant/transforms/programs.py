@@ -12,9 +12,10 @@ from jaxquant.transforms import choose, memory
 from jaxquant.transforms.jobs import Job, chunks
 from jaxquant.transforms.judge import solve_one
 from jaxquant.transforms.memory import MemoryEstimate
+from jaxquant.transforms.tracing import compat
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compat.COMPILER_OPTIONS)
 def run(config, bits, w: jax.Array, inputs: InputStatistics | None, channel_scale: jax.Array | None = None):
     """`solve_one` for each of some matrices `[count, in, out]`, codes unpacked; `split_bits` gives config and bits."""
 

@@ -16,6 +16,7 @@ from jaxquant.numerics.bits import join_bits, split_bits
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms.jobs import CHUNK_BYTES, Job, Span
 from jaxquant.transforms.report import LayerReport
+from jaxquant.transforms.tracing import compat
 
 
 def groups(jobs: list[Job]) -> list[list[Job]]:
@@ -63,7 +64,7 @@ def _scales(group: list[Job]) -> tuple[jax.Array, dict[str, jax.Array]]:
     return jax.tree.map(lambda *a: jnp.concatenate(a).reshape(*job.lead, *a[0].shape[1:]), *parts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compat.COMPILER_OPTIONS)
 def _scales_of(config, bits, weights: list[jax.Array], inputs: InputStatistics):
     w = jnp.concatenate(weights, -1) if len(weights) > 1 else weights[0]
 
