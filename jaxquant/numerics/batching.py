@@ -13,6 +13,7 @@ def one_by_one_on_cpu(fn: Callable) -> Callable:
     An accelerator is kept busy by many matrices at once. A CPU is busy with one, and a whole stack leaves its caches.
     `fn` maps pytrees of arrays to a pytree of arrays, and is not differentiated.
     """
+    fn = jax.jit(fn)  # traced once for all that follows
 
     @jax.custom_batching.custom_vmap
     def call(*args):
@@ -20,6 +21,10 @@ def one_by_one_on_cpu(fn: Callable) -> Callable:
 
     @call.def_vmap
     def over_stack(size, batched, *args):
+        if size == 1:
+            one = jax.tree.map(lambda a, b: a[0] if b else a, args, tuple(batched))
+            out = jax.tree.map(lambda a: a[None], call(*one))
+            return out, jax.tree.map(lambda _: True, out)
         args = jax.tree.map(lambda a, b: a if b else jnp.broadcast_to(a, (size, *jnp.shape(a))), args, tuple(batched))
         in_turn = lambda *stacks: lax.map(lambda one: call(*one), stacks)  # noqa: E731
         out = lax.platform_dependent(*args, cpu=in_turn, default=jax.vmap(fn))

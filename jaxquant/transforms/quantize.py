@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jaxquant.numerics.bits import packed, split_bits
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
@@ -82,7 +83,8 @@ def run_jobs(
         if progress is not None:
             progress(done, total)
 
-    found = choose.solve(jobs, functools.partial(_solve_with_scales, tick=tick))
+    with threadpool_limits(1, "blas"):  # LAPACK's threads go on waiting in loops, and keep XLA's from the processor
+        found = choose.solve(jobs, functools.partial(_solve_with_scales, tick=tick))
     named = dict(named_leaves(params, is_qtensor))
     structure = jax.tree.structure(params, is_leaf=is_qtensor)
     tree = jax.tree.unflatten(structure, [found[path].q if path in found else leaf for path, leaf in named.items()])

@@ -8,9 +8,8 @@ import jax.extend.core as jexc
 from jax import lax
 from jax.sharding import AxisType
 
-# How programs are compiled that run a few times only. On CPUs, JAX 0.10 has a newer way to compile loops that elementwise
-# operations are fused into; it takes half of all compile time more, and the programs are no faster. Later versions have
-# only the newer way, which has become quicker.
+# How programs are compiled that run a few times only. On CPUs, JAX 0.10 has two ways to compile fused loops; by its
+# default, programs are no faster and take twice as long to compile. Later versions have only that one.
 COMPILER_OPTIONS: dict[str, bool | str] = (
     {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 )
