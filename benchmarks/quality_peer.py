@@ -1,12 +1,13 @@
 """Loss increase of the packaged model under GPTQ and AWQ, ours and llm-compressor's, as transformers computes it.
 
-    python benchmarks/quality_peer.py --peer PYTHON [--out benchmarks/results/quality_peer.json]
+    python benchmarks/quality_peer.py --peer PYTHON [--settings NAME ...] [--out benchmarks/results/quality_peer.json]
 
 PYTHON is the interpreter of an environment with llm-compressor; this one needs torch and compressed-tensors. Both tools
 quantize the packaged model on the same calibration tokens and write compressed-tensors; transformers evaluates every
 checkpoint in float32 on the same held-out windows. GPTQ runs with and without act-order and with scales that clip by
 the squared error of the weights (`mse`); only jaxquant has more: scales that clip by the error that the diagonal of the
-Gram matrix gives, refinement, and GPTQ of AWQ's scales. llm-compressor quantizes a layer on what the quantized layers
+Gram matrix gives, refinement, GPTQ of AWQ's scales, and learned rounding, which goes on from there with float inputs
+(`jq.reconstruct`). llm-compressor quantizes a layer on what the quantized layers
 before it give (`oneshot` is sequential), jaxquant a weight on what the quantized weights before it give. Numbers are
 nats per token with the standard error of the paired difference over windows; the last rows compare the best of jaxquant
 with the best of llm-compressor.
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import environment
+import jax.numpy as jnp
 import numpy as np
+import rounding
 import torch
 from peers import torch_ptq
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils import logging
 
 import jaxquant as jq
@@ -36,7 +39,8 @@ SPECS = {
     "W4 g128": jq.int4(group_size=128),
     "W3 g128": jq.int3(group_size=128),
     "W3 per channel": jq.int3(),
-}  # without zero points, which transformers does not load
+    "W2 g64 asymmetric": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
+}
 REFINED = {"clip": "diagonal", "refine": 6}
 OURS = {
     "RTN": jq.RTN,
@@ -56,9 +60,22 @@ THEIRS = {
 SAMPLES, WINDOWS, LENGTH = 128, 256, 512
 
 
+LEARNED = "learned rounding"
+STEPS, RATES = 200, {4: 2e-3, 3: 5e-3, 2: 5e-3}  # by bits
+
+
 def ours(tokens: Path, out: Path, config: Any) -> None:
     sizes = {"num_samples": SAMPLES, "seq_len": LENGTH}
     workflows.quantize_checkpoint("tinylm", out, config, calibration=tokens, format="compressed-tensors", **sizes)
+
+
+def learned(tokens: Path, out: Path, spec: jq.QuantSpec) -> None:
+    model, params = jq.load_pretrained("tinylm", dtype="float32")
+    samples = np.load(tokens)
+    stats = jq.calibrate(model.apply, params, jnp.asarray(samples).reshape(-1, rounding.ROWS, LENGTH))
+    refined, _ = jq.quantize_params(params, stats, model.recipe(jq.GPTQ(spec, **REFINED)))
+    qparams = rounding.learned(model, params, refined, samples, steps=STEPS, rate=RATES[spec.bits])
+    jq.save(out, model, qparams, format="compressed-tensors")
 
 
 def theirs(peer: str, tokens: Path, out: Path, spec: jq.QuantSpec, **options) -> None:
@@ -67,9 +84,11 @@ def theirs(peer: str, tokens: Path, out: Path, spec: jq.QuantSpec, **options) ->
     subprocess.run([peer, script, TINYLM, tokens, out, json.dumps(fields | options)], check=True, capture_output=True)
 
 
-def losses(directory: Path, windows: torch.Tensor) -> np.ndarray:
+def losses(directory: Path, windows: torch.Tensor, symmetric: bool = True) -> np.ndarray:
     """Negative log-likelihood per token, as the mean of each window."""
-    return torch_ptq.losses(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), windows)
+    options = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    return torch_ptq.losses(network.eval(), windows)
 
 
 def estimate(difference: np.ndarray) -> tuple[float, float]:
@@ -82,7 +101,7 @@ def shown(difference: np.ndarray, sign: str = "") -> str:
     return f"{mean:{sign}.4f} ± {stderr:.4f}"
 
 
-def measure(peer: str) -> dict:
+def measure(peer: str, settings: list[str]) -> dict:
     text = workflows.TextSource("tinylm")
     model, _ = jq.load_pretrained("tinylm")
     samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH).tokens
@@ -92,15 +111,17 @@ def measure(peer: str) -> dict:
         tokens = Path(folder) / "tokens.npy"
         np.save(tokens, samples)
         floats = losses(TINYLM, windows)
-        for name, spec in SPECS.items():
-            made = {}
+        for name in settings:
+            spec, made = SPECS[name], {}
             for what, method in OURS.items():
                 made[f"jaxquant, {what}"] = out = Path(folder) / f"{name} ours {what}"
                 ours(tokens, out, method(spec))
+            made[f"jaxquant, {LEARNED}"] = out = Path(folder) / f"{name} {LEARNED}"
+            learned(tokens, out, spec)
             for what, options in THEIRS.items():
                 made[f"llm-compressor, {what}"] = out = Path(folder) / f"{name} theirs {what}"
                 theirs(peer, tokens, out, spec, **options)
-            found[name] = {what: losses(out, windows) - floats for what, out in made.items()}
+            found[name] = {what: losses(out, windows, spec.symmetric) - floats for what, out in made.items()}
             for what, increase in found[name].items():
                 print(f"{name:<16}{what:<32}{shown(increase)}", flush=True)
     return {"float": float(floats.mean()), "calibration_tokens": samples.size, "increases": found}
@@ -129,11 +150,12 @@ def as_json(measured: dict) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", required=True, metavar="PYTHON", help="interpreter that has llm-compressor")
+    parser.add_argument("--settings", nargs="+", choices=list(SPECS), default=list(SPECS))
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # torch's and compressed-tensors' own deprecations
     logging.disable_progress_bar()
-    measured = measure(options.peer)
+    measured = measure(options.peer, options.settings)
     print(f"\n{environment.line(options.peer)}\n\n{table(measured)}")
     if options.out:
         about = environment.describe(options.peer)

@@ -29,6 +29,7 @@ from jaxquant.numerics.affine import code_limits, dequantize, per_code
 from jaxquant.numerics.layout import from_canonical, to_canonical
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import compute_dtype
+from jaxquant.transforms.tracing import compat
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
 FARTHEST, NARROWEST, WIDEST = 1.0, 0.5, 1.5  # bounds of v and of a
@@ -75,7 +76,7 @@ def reconstruct(
         raise ValueError(f"inputs{list(inputs.shape)} are one batch; give two or more, the last of which is held out")
     for q in quantized_blocks:
         _check(q)
-    run = jax.jit(partial(_learn, fn, steps, rate))
+    run = jax.jit(partial(_learn, fn, steps, rate), compiler_options=compat.COMPILER_OPTIONS)
     through = jax.jit(lambda params, x: lax.map(partial(fn, params), x))
     dense = jax.jit(_dense)
     x, rounded, results, errors = inputs, inputs, [], []
