@@ -325,6 +325,6 @@ def test_a_mesh_of_devices_gives_the_loss_of_one(tmp_path):
         workflows.quantize_checkpoint(tmp_path / "model", tmp_path / name, NEAREST_INPUTS, mesh=devices, **options)
         data = {"data": options["calibration"], "context": 16, "mesh": devices}
         found[name] = workflows.evaluate_checkpoint(tmp_path / name, baseline=tmp_path / "model", **data).comparison
-    assert abs(np.log(found["one"].perplexity) - np.log(found["eight"].perplexity)) < 1e-4
-    assert found["one"].loss_increase.mean == pytest.approx(found["eight"].loss_increase.mean, abs=1e-4)
-    assert abs(found["one"].loss_increase.mean) > 1e-4
+    assert abs(np.log(found["one"].perplexity) - np.log(found["eight"].perplexity)) < 5e-4
+    assert found["one"].loss_increase.mean == pytest.approx(found["eight"].loss_increase.mean, abs=5e-4)
+    assert abs(found["one"].loss_increase.mean) > 5e-3

@@ -204,7 +204,7 @@ class _Program:
         if not self.uses:
             raise ValueError("the function multiplies nothing with a weight of `params`: there is nothing to calibrate")
         run, _ = compat.stage(moments, self.types, *args)
-        self._compiled = jax.jit(run, donate_argnums=0)
+        self._compiled = jax.jit(run, donate_argnums=0, compiler_options=compat.COMPILER_OPTIONS)
 
     def memory(self, params, batch, real: jax.Array | None, begun: bool) -> MemoryEstimate:
         """What `calibrate` allocates, beside the sums that it holds already if it has `begun`; compiles the program."""

@@ -9,8 +9,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 # How programs are compiled that run a few times only. On CPUs, JAX 0.10 has two ways to compile fused loops; by its
-# default, programs are no faster and take twice as long to compile. Later versions have only that one. Calibration
-# keeps the default: it runs the model, and numbers that differ in the last digit turn ties between codes.
+# default, programs are no faster and take twice as long to compile. Later versions have only that one.
 COMPILER_OPTIONS: dict[str, bool | str] = (
     {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 )
