@@ -2,18 +2,21 @@
 
 import gc
 import json
+import threading
 import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from functions import normal
 
 import jaxquant as jq
 from jaxquant import workflows
 from jaxquant.numerics.statistics import HELD_OUT_EVERY, token_hash
 from jaxquant.transforms import memory
+from jaxquant.transforms import stream as stream_module
 from jaxquant.transforms.calibrate import Calibration, calibrate
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.quantized import quantized
@@ -69,6 +72,28 @@ def test_blocks_behind_float_ones_get_the_codes_that_the_whole_model_gets(config
     assert [bits_of(tree) for tree, _ in done] == [bits_of(tree) for tree in want]
     rows = [row for _, part in done for row in part.layers]
     assert [(r.error, r.rtn_error, r.tokens) for r in rows] == [(r.error, r.rtn_error, r.tokens) for r in report.layers]
+
+
+def test_programs_are_compiled_in_another_thread_and_not_again(monkeypatch):
+    params = {"up": normal(K, 2 * K, seed=1), "down": normal(2 * K, K, seed=2)}
+
+    def compiled():
+        jax.clear_caches()
+        with compilations() as seen:
+            Stream(block, CONFIG, inputs()).quantize(params, last=True)
+        return seen
+
+    beside = compiled()
+    monkeypatch.setattr(stream_module, "compile_ahead", lambda jobs: [])
+    alone = compiled()
+    assert set(alone) == {threading.current_thread()}
+    assert len(beside) == len(alone)
+    assert sum(thread not in alone for thread in beside) == len(params)
+
+
+def test_what_does_not_fit_is_said_before_calibration():
+    with pytest.raises(ValueError, match=r"'up': .*group_size=24"):
+        Stream(block, jq.GPTQ(jq.int4(group_size=24)), inputs()).quantize(blocks()[0])
 
 
 def weight_by_weight(params, recipe):

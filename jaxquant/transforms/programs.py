@@ -2,6 +2,7 @@
 
 import functools
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
@@ -14,6 +15,8 @@ from jaxquant.transforms.judge import solve_one
 from jaxquant.transforms.memory import MemoryEstimate
 from jaxquant.transforms.tracing import compat
 
+_compiler = ThreadPoolExecutor(1)  # one program after the other, so that none of two alike is compiled twice
+
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=compat.COMPILER_OPTIONS)
 def run(config, bits, w: jax.Array, inputs: InputStatistics | None, channel_scale: jax.Array | None = None):
@@ -24,6 +27,16 @@ def run(config, bits, w: jax.Array, inputs: InputStatistics | None, channel_scal
         return unpacked(q), facts
 
     return jax.vmap(one_by_one_on_cpu(solve), (None, 0, 0, 0))(bits, w, inputs, channel_scale)
+
+
+def compile_ahead(jobs: list[Job]) -> list[Future]:
+    """Begins to compile the programs of jobs, which may have types for statistics, while Python and XLA do other work.
+
+    JAX keeps them, but does not know of those that are under way: wait for all before the jobs run.
+    """
+    kinds = {spans[0].job.kind: (spans[0].job, size) for spans, size in chunks(jobs)}
+    lowered = [run.lower(*split_bits(job.config), *job.types(size)) for job, size in kinds.values()]
+    return [_compiler.submit(program.compile) for program in lowered]
 
 
 def needed_memory(jobs: list[Job]) -> MemoryEstimate:

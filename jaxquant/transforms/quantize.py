@@ -15,7 +15,7 @@ from jaxquant.numerics.bits import packed, split_bits
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms import choose, memory, meshes, sharing
-from jaxquant.transforms.calibrate import Statistics
+from jaxquant.transforms.calibrate import ProductStatistics, Statistics
 from jaxquant.transforms.choose import Solved
 from jaxquant.transforms.jobs import Job, Span, chunks, count_not_finite, take
 from jaxquant.transforms.judge import FALLBACKS, Fallback
@@ -131,6 +131,18 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
     return jobs
 
 
+def foreseen(named: dict[str, Any], types: Statistics, recipe: Any) -> list[Job]:
+    """Jobs of a recipe before calibration, with types for statistics; not those whose config hangs on their values."""
+    jobs = [
+        Job(path, named[path], config, *_axes(types.products[path], named[path]), types.products[path].inputs)
+        for path, config in configs_of(named, types, recipe).items()
+        if path in types.products and not hasattr(config, "configs") and not hasattr(config, "for_inputs")
+    ]
+    for job in jobs:
+        _check_shapes(job)
+    return jobs
+
+
 def configs_of(named: dict[str, Any], stats: Statistics | None, recipe: Any) -> dict[str, Any]:
     """The method config of each weight that a recipe takes. Raises ValueError where it takes none."""
     floats = {p: leaf for p, leaf in named.items() if not is_qtensor(leaf) and is_matrix(leaf)}
@@ -170,13 +182,17 @@ def _job(path: str, leaf, config, stats: Statistics | None, ranged: dict[int, In
         config = dataclasses.replace(config, spec=dataclasses.replace(config.spec, activations=None))
         return Job(path, leaf, config, (-1,), tuple(range(-ndim, -1)), None)
     product = stats.products[path]
-    contract, out = (tuple(a - ndim for a in axes) for axes in (product.contract, product.out))
     inputs = product.inputs
     if config.spec.static_activations:  # weights that share their statistics go on sharing them
         if id(inputs) not in ranged:
             ranged[id(inputs)] = _with_ranges(path, inputs)
         inputs = ranged[id(inputs)]
-    return Job(path, leaf, choose.settled(config, inputs), contract, out, inputs)
+    return Job(path, leaf, choose.settled(config, inputs), *_axes(product, leaf), inputs)
+
+
+def _axes(product: ProductStatistics, leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a weight that are summed over, and those that stand in the result, negative."""
+    return tuple(a - np.ndim(leaf) for a in product.contract), tuple(a - np.ndim(leaf) for a in product.out)
 
 
 def _with_ranges(path: str, inputs: InputStatistics) -> InputStatistics:
@@ -198,8 +214,7 @@ def _check_statistics(job: Job) -> None:
         raise ValueError(f"'{job.path}': {name} needs calibration statistics; pass jq.calibrate(...) as `stats`")
 
 
-def _check(job: Job) -> None:
-    _check_statistics(job)
+def _check_shapes(job: Job) -> None:
     if job.inputs is not None and job.inputs.gram.shape != (*job.lead, job.shape[0], job.shape[0]):
         raise ValueError(
             f"'{job.path}': its statistics are for {job.inputs.gram.shape[-1]} inputs, the weight has {job.shape[0]}; "
@@ -210,6 +225,11 @@ def _check(job: Job) -> None:
             step.spec.num_groups(job.shape[0])
     except ValueError as error:
         raise ValueError(f"'{job.path}': {error}") from None
+
+
+def _check(job: Job) -> None:
+    _check_statistics(job)
+    _check_shapes(job)
     bad = int(count_not_finite(job.leaf))
     if bad:
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from logging import DEBUG
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,8 +15,8 @@ from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.transforms import memory
 from jaxquant.transforms.calibrate import Calibration, Statistics, check_tokens, tokens, types_of_statistics
 from jaxquant.transforms.memory import MemoryEstimate
-from jaxquant.transforms.programs import needed_memory
-from jaxquant.transforms.quantize import configs_of, plan, run_jobs
+from jaxquant.transforms.programs import compile_ahead, needed_memory
+from jaxquant.transforms.quantize import configs_of, foreseen, plan, run_jobs
 from jaxquant.transforms.quantized import quantized
 from jaxquant.transforms.report import Report, joined_reports
 from jaxquant.transforms.tracing.interpreter import named_leaves
@@ -112,6 +113,7 @@ class Stream:
         self._types: Statistics | None = None  # of a block, if it is not calibrated behind float ones
         self._after: Callable  # gives the next block's inputs, of what the last step has left
         self._checked: set[int] = set()  # steps whose memory was looked at: it is the same in all blocks
+        self._ahead: dict[int, list[Future]] = {}  # programs of steps that are compiled beside calibration
 
     def prepare(self, params: Any, x: Any, real: Any = None) -> Needs:
         """What calibration takes for one block: its parameters, an input of it, and its mask."""
@@ -149,6 +151,8 @@ class Stream:
         held, self.inputs = self.inputs, []
         if self._stages is not None:
             held = [self._stages.begin(kind, held.pop(0)) for kind in kinds]
+            if not self._checked:
+                self._compile_ahead(params)
         tree, reports, seen = params, [], []
         if self._lookups:
             tree, report = self._solved(tree, self._types, self._lookups, -1)
@@ -213,9 +217,16 @@ class Stream:
         self._after = (lambda tree, result: result) if self._behind_float else quantized(self._fn)
         self._stages, self._lookups = None, []
 
+    def _compile_ahead(self, params: Any) -> None:
+        assert self._types is not None
+        named = dict(named_leaves(params, is_qtensor))
+        for i, step in enumerate(self._steps):
+            self._ahead[i] = compile_ahead(foreseen(named, self._types, step.recipe))
+
     def _solved(self, params: Any, stats: Statistics | None, recipe: Any, step: int) -> tuple[Any, Report]:
         jobs = plan(dict(named_leaves(params, is_qtensor)), stats, recipe)
         if step not in self._checked:
+            wait(self._ahead.pop(step, []))
             memory.ensure_fits(needed_memory(jobs), params, DEBUG)
             self._checked.add(step)
         return run_jobs(jobs, params, stats, None)
