@@ -92,8 +92,11 @@ def test_programs_are_compiled_in_another_thread_and_not_again(monkeypatch):
 
 
 def test_what_does_not_fit_is_said_before_calibration():
+    begun = []
+    stream = Stream(block, jq.GPTQ(jq.int4(group_size=24)), inputs())
     with pytest.raises(ValueError, match=r"'up': .*group_size=24"):
-        Stream(block, jq.GPTQ(jq.int4(group_size=24)), inputs()).quantize(blocks()[0])
+        stream.quantize(blocks()[0], progress=lambda *batches: begun.append(batches))
+    assert not begun
 
 
 def weight_by_weight(params, recipe):

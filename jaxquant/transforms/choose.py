@@ -41,6 +41,11 @@ def settled(config: Any, inputs: InputStatistics | None) -> Any:
     return config.for_inputs(inputs) if hasattr(config, "for_inputs") else config
 
 
+def is_settled(config: Any) -> bool:
+    """Whether a method config is known before calibration: no choice among others, nothing to fill in."""
+    return not hasattr(config, "configs") and not hasattr(config, "for_inputs")
+
+
 def solve(jobs: list[Job], run: Solve) -> dict[str, Solved]:
     """Solves jobs, some of which leave their config open; `run` solves those that do not."""
     found = run([job for job in jobs if not hasattr(job.config, "configs")])

@@ -35,8 +35,9 @@ def compile_ahead(jobs: list[Job]) -> list[Future]:
     JAX keeps them, but does not know of those that are under way: wait for all before the jobs run.
     """
     kinds = {spans[0].job.kind: (spans[0].job, size) for spans, size in chunks(jobs)}
-    lowered = [run.lower(*split_bits(job.config), *job.types(size)) for job, size in kinds.values()]
-    return [_compiler.submit(program.compile) for program in lowered]
+    return [
+        _compiler.submit(run.lower(*split_bits(job.config), *job.types(size)).compile) for job, size in kinds.values()
+    ]
 
 
 def needed_memory(jobs: list[Job]) -> MemoryEstimate:

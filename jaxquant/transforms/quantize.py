@@ -132,11 +132,14 @@ def plan(named: dict[str, Any], stats: Statistics | None, recipe) -> list[Job]:
 
 
 def foreseen(named: dict[str, Any], types: Statistics, recipe: Any) -> list[Job]:
-    """Jobs of a recipe before calibration, with types for statistics; not those whose config hangs on their values."""
+    """Jobs of a recipe before calibration, with types for statistics; not those whose config hangs on their values.
+
+    Raises ValueError where shapes do not fit.
+    """
     jobs = [
         Job(path, named[path], config, *_axes(types.products[path], named[path]), types.products[path].inputs)
         for path, config in configs_of(named, types, recipe).items()
-        if path in types.products and not hasattr(config, "configs") and not hasattr(config, "for_inputs")
+        if path in types.products and choose.is_settled(config)
     ]
     for job in jobs:
         _check_shapes(job)
