@@ -1,6 +1,6 @@
 """Tokens per second and bytes of generation with float, int8 and int4 weights and caches.
 
-    python benchmarks/generate.py [--model DIR] [--batch 1 8] [--out benchmarks/results/generate.json]
+    python benchmarks/generate.py [--model DIR] [--dtype D] [--caches NAME ...] [--batch 1 8] [--out FILE]
 
 One prompt of 128 tokens for each sequence of a batch, 128 new tokens, greedily; all in one process, in turn; the first
 round of each compiles and is not counted. "prefill" are the tokens of the prompts per second, "decode" the new ones.
@@ -19,10 +19,11 @@ import jax
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.kernels.tune import chip_of
 
-WEIGHTS = {"float32": None, "int8": jq.int8(group_size=128), "int4": jq.int4(group_size=128)}
+WEIGHTS = {"float": None, "int8": jq.int8(group_size=128), "int4": jq.int4(group_size=128)}
 CACHES = {
-    "float32": jq.CacheSpec(),
+    "float": jq.CacheSpec(),
     "int8": jq.CacheSpec(8),
     "int4": jq.CacheSpec(4),
     "int4, keys per channel, 32 newest float": jq.CacheSpec(4, keys="per_channel", residual=32),
@@ -43,17 +44,20 @@ def seconds(model, params, prompts, cache) -> tuple[float, float]:
     return first, all_of_them - first
 
 
-def measure(name: str, sizes: list[int]) -> list[dict]:
-    model, params = jq.load_pretrained(name, dtype="float32")
+def measure(name: str, dtype: str, caches: list[str], sizes: list[int]) -> list[dict]:
+    model, params = jq.load_pretrained(name, dtype=dtype)
+    platform = jax.default_backend()
+    chip = None if platform == "cpu" else chip_of(jax.devices()[0])
     rng = np.random.default_rng(0)
     rows = []
     for weights, spec in WEIGHTS.items():
         tree = params
         if spec is not None:
             tree, _ = jq.quantize_params(params, None, model.recipe(jq.RTN(spec)))
-            tree = jq.prepare(tree, jax.default_backend())
+            tree = jq.prepare(tree, platform, chip)
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree["layers"]))
-        for cache, how in CACHES.items():
+        for cache in caches:
+            how = CACHES[cache]
             for batch in sizes:
                 prompts = rng.integers(0, model.config.vocab_size, (batch, LENGTH)).tolist()
                 prefill, decode = seconds(model, tree, prompts, how)
@@ -83,10 +87,12 @@ def table(rows: list[dict]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="tinylm", help="directory of a checkpoint (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of the activations and what is not quantized")
+    parser.add_argument("--caches", nargs="+", choices=list(CACHES), default=list(CACHES), metavar="NAME")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences that run together")
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
-    rows = measure(options.model, options.batch)
+    rows = measure(options.model, options.dtype, options.caches, options.batch)
     print("\n" + table(rows))
     if options.out:
         caches = {name: dataclasses.asdict(how) for name, how in CACHES.items()}
