@@ -236,6 +236,17 @@ def table(rows: list[dict]) -> str:
     return "\n".join([f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}", *map(line_of, rows)])
 
 
+def speeds(rows: list[dict]) -> str:
+    """A row for each product of a shape, a column for each number of tokens: µs, and how often that is in bf16's."""
+    tokens = sorted({row["M"] for row in rows})
+    found = {(row["K × N"], row["product"], row["M"]): f"{row['µs']:.3g} ({row['bf16 / time']:.2f}x)" for row in rows}
+    kinds = dict.fromkeys((shape, product) for shape, product, _ in found)
+    header = ["K × N", "product", *(f"M = {m}" for m in tokens)]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    lines += [f"| {' | '.join([*kind, *(found.get((*kind, m), '–') for m in tokens)])} |" for kind in kinds]
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict], title: str, file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -282,7 +293,9 @@ def main(args) -> None:
             found["candidates"] += time_candidates(k, n, args, chip)
         (args.out / "device_gpu.json").write_text(json.dumps(found, indent=1) + "\n")  # of all that is done
         plot(found["rows"], f"{device.device_kind}, {about['copy TB/s']:.3g} TB/s copied", args.out / "device_gpu.png")
-    print("\n\n".join(["", *(table(found[name]) for name in ("rows", "candidates") if found[name])]))
+    print("\n" + speeds(found["rows"]))
+    if found["candidates"]:
+        print("\n" + table(found["candidates"]))
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -310,9 +310,9 @@ def test_the_benchmark_runs_and_stores_its_rows(tmp_path):
     assert {row["M"] for row in stored["rows"]} == {2, 600}
     assert all(row["µs"] > 0 and row["roofline µs"] > 0 and row["error"] < 0.03 for row in stored["rows"])
     runs = {(row["product"], row["M"]): row["runs"] for row in stored["rows"] if row["runs"]}
-    assert runs["W4 g128, chosen", 2] == "mosaic_gpu"
-    assert runs["W8A8, chosen", 2] == "int8"
-    assert runs["W4 g128, chosen", 600] != "mosaic_gpu"
+    assert runs["W4 g128, jaxquant", 2] == "mosaic_gpu"
+    assert runs["W8A8, jaxquant", 2] == "int8"
+    assert runs["W4 g128, jaxquant", 600] != "mosaic_gpu"
 
 
 def test_an_old_jax_is_declined(monkeypatch):

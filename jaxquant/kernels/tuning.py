@@ -39,9 +39,10 @@ class GpuChip:
 
 
 GPU_CHIPS = {"h100": GpuChip(132, 232_448, 240.0), "h200": GpuChip(132, 232_448, 184.0)}  # on SXM boards
-# The most tokens, and the tiles for them; of those that fit, the first are taken. None was timed on a chip. They
-# compile without spilling registers, and are wide because a tile of tokens is read once for each tile of outputs: by
-# count, a processor that multiplies at full speed reads 24 bytes per cycle for tiles of 128 × 256, 40 for 128 × 128.
+# The most tokens, and the tiles for them; of those that fit, the first are taken. An H200 ran them, and up to 64
+# tokens it beat bfloat16 (benchmarks/README.md); whether others are quicker has hardly been searched. They compile
+# without spilling registers, and are wide because a tile of tokens is read once for each tile of outputs: by count, a
+# processor that multiplies at full speed reads 24 bytes per cycle for tiles of 128 × 256, 40 for 128 × 128.
 _HOPPER = (
     (8, GpuTiles(tile_m=8, tile_n=256, tile_k=128, stages=8)),
     (16, GpuTiles(tile_m=16, tile_n=256, tile_k=128, stages=8)),
