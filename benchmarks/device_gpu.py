@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.kernels import mosaic_gpu, mosaic_gpu_kernel, reference
+from jaxquant.kernels import mosaic_gpu_kernel, reference, tune
 from jaxquant.kernels.matmul import chosen, quantized_matmul
 from jaxquant.kernels.tuning import GPU_CHIPS, GpuTiles, gpu_tiles
 
@@ -51,9 +51,10 @@ TOLERANCE = {"gpu": 1e-4, "cpu": 1e-2}  # of the largest result; on a CPU the de
 
 def chip_of(device) -> str | None:
     """The name that `prepare` knows the device by; None where there is no kernel for it."""
-    if jax.__version_info__ < mosaic_gpu.OLDEST_JAX:
+    try:
+        return tune.chip_of(device)
+    except ValueError:
         return None
-    return next((chip for chip in GPU_CHIPS if chip.upper() in device.device_kind.upper()), None)
 
 
 def seconds(run, calls: int) -> float:
