@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.kernels import mosaic_gpu_kernel, reference, tune
+from jaxquant.kernels import mosaic_gpu_kernel, reference
 from jaxquant.kernels.matmul import chosen, quantized_matmul
 from jaxquant.kernels.tuning import GPU_CHIPS, GpuTiles, gpu_tiles
 
@@ -47,14 +47,6 @@ CHECKED = {
     "W8 g128": jq.int8(group_size=128),
 }
 TOLERANCE = {"gpu": 1e-4, "cpu": 1e-2}  # of the largest result; on a CPU the definition runs, which rounds weights
-
-
-def chip_of(device) -> str | None:
-    """The name that `prepare` knows the device by; None where there is no kernel for it."""
-    try:
-        return tune.chip_of(device)
-    except ValueError:
-        return None
 
 
 def seconds(run, calls: int) -> float:
@@ -237,15 +229,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join([f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}", *map(line_of, rows)])
 
 
-def speeds(rows: list[dict]) -> str:
+def speeds(rows: list[dict]) -> list[dict]:
     """A row for each product of a shape, a column for each number of tokens: µs, and how often that is in bf16's."""
     tokens = sorted({row["M"] for row in rows})
-    found = {(row["K × N"], row["product"], row["M"]): f"{row['µs']:.3g} ({row['bf16 / time']:.2f}x)" for row in rows}
-    kinds = dict.fromkeys((shape, product) for shape, product, _ in found)
-    header = ["K × N", "product", *(f"M = {m}" for m in tokens)]
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    lines += [f"| {' | '.join([*kind, *(found.get((*kind, m), '–') for m in tokens)])} |" for kind in kinds]
-    return "\n".join(lines)
+    found: dict = {}
+    for row in rows:
+        cells = {"K × N": row["K × N"], "product": row["product"], **{f"M = {m}": "–" for m in tokens}}
+        line = found.setdefault((row["K × N"], row["product"]), cells)
+        line[f"M = {row['M']}"] = f"{row['µs']:.3g} ({row['bf16 / time']:.2f}x)"
+    return [*found.values()]
 
 
 def plot(rows: list[dict], title: str, file: Path) -> None:
@@ -274,7 +266,7 @@ def main(args) -> None:
     if jax.default_backend() != "gpu" and not args.smoke:
         raise SystemExit("there is no GPU here: nothing was timed")
     device = jax.devices()[0]
-    chip = "h200" if args.smoke else chip_of(device)
+    chip = "h200" if args.smoke else environment.chip()
     check_shape = (256, 128) if args.smoke else (2048, 1024)
     print(environment.line() + "\n")
     checks = [] if chip is None else check(chip, args.seed, *check_shape, args.checked)
@@ -294,9 +286,7 @@ def main(args) -> None:
             found["candidates"] += time_candidates(k, n, args, chip)
         (args.out / "device_gpu.json").write_text(json.dumps(found, indent=1) + "\n")  # of all that is done
         plot(found["rows"], f"{device.device_kind}, {about['copy TB/s']:.3g} TB/s copied", args.out / "device_gpu.png")
-    print("\n" + speeds(found["rows"]))
-    if found["candidates"]:
-        print("\n" + table(found["candidates"]))
+    print("\n\n".join(["", *(table(rows) for rows in (speeds(found["rows"]), found["candidates"]) if rows)]))
 
 
 def shape(text: str) -> tuple[int, int]:

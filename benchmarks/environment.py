@@ -11,6 +11,8 @@ from datetime import date
 
 import jax
 
+from jaxquant.kernels.tune import chip_of
+
 PEERS = ("--peer", "--llmcompressor", "--torch", "--qwix")  # options that name an interpreter
 
 
@@ -35,6 +37,14 @@ def describe(peer: str | None = None) -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in packages},
         **({} if peer is None else _peer_versions(peer)),
     }
+
+
+def chip() -> str | None:
+    """The name by which `prepare` knows this machine's device; None where there is no kernel for it."""
+    try:
+        return chip_of(jax.devices()[0])
+    except ValueError:
+        return None
 
 
 def run(command: list) -> dict:

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.kernels.tune import chip_of
 
 WEIGHTS = {"float": None, "int8": jq.int8(group_size=128), "int4": jq.int4(group_size=128)}
 CACHES = {
@@ -46,15 +45,13 @@ def seconds(model, params, prompts, cache) -> tuple[float, float]:
 
 def measure(name: str, dtype: str, caches: list[str], sizes: list[int]) -> list[dict]:
     model, params = jq.load_pretrained(name, dtype=dtype)
-    platform = jax.default_backend()
-    chip = None if platform == "cpu" else chip_of(jax.devices()[0])
     rng = np.random.default_rng(0)
     rows = []
     for weights, spec in WEIGHTS.items():
         tree = params
         if spec is not None:
             tree, _ = jq.quantize_params(params, None, model.recipe(jq.RTN(spec)))
-            tree = jq.prepare(tree, platform, chip)
+            tree = jq.prepare(tree, jax.default_backend(), environment.chip())
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree["layers"]))
         for cache in caches:
             how = CACHES[cache]
