@@ -7,14 +7,16 @@ there on, with learned ranges (LSQ); no rounding is learned where inputs are rou
 divergence from the frozen float model, which knows no labels: the float model itself, trained so on the same tokens,
 stays what it is, so nothing is earned by going on with pretraining. Increase of the loss and divergence are measured on
 held-out text; `recovered` is the share of RTN's divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step
-times are medians of a step with rounded numbers and of one without, taken in turns. With a folder, a training that was
-stopped goes on from the state that was kept there.
+times are medians of a step with rounded numbers and of one without, taken in turns. With a folder, what is quantized
+before training is kept there, and the state of the training: what was stopped goes on from them, also on another
+machine.
 """
 
 import argparse
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ RATES = {
 }  # of the weights; at 3 bits, 2e-4 and 5e-4 came equally far in 150 steps, and little else has been searched
 EMBEDDING = 1 / 3  # of that rate; the embedding, which is the head too, stays in float
 BATCH, LENGTH = 8, 256
-KEPT = 100  # steps from one state that is kept to the next
+KEPT = 120.0  # seconds from one state that is kept to the next
 CALIBRATION = 128, 512
 WINDOWS, CONTEXT = 64, 512
 TIMED = 5
@@ -65,6 +67,7 @@ class States:
     def __init__(self, folder: Path | None):
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
         self.manager = None if folder is None else ocp.CheckpointManager(folder.absolute(), options=options)
+        self.last = time.monotonic()
 
     def newest(self, state) -> tuple[Any, list[float]]:
         """The state that was kept and the losses until then, or the one given."""
@@ -75,10 +78,11 @@ class States:
         return found.state, found.seen["losses"]
 
     def keep(self, state, losses: list[float]) -> None:
-        if self.manager is not None and len(losses) % KEPT == 0:
+        if self.manager is not None and time.monotonic() - self.last > KEPT:
             seen = ocp.args.JsonSave({"losses": losses})
             self.manager.save(len(losses), args=ocp.args.Composite(state=ocp.args.StandardSave(state), seen=seen))
             self.manager.wait_until_finished()  # the next step uses the state up
+            self.last = time.monotonic()
 
 
 def trained(model, params, qparams, spec, rate: float, data: np.ndarray, work: Path | None):
@@ -104,6 +108,33 @@ def trained(model, params, qparams, spec, rate: float, data: np.ndarray, work: P
 
     state = jq.train(step, state, map(jnp.asarray, data[len(losses) :]), params, watch=watch)
     return jq.convert(state.params, state.qat, recipe), losses
+
+
+def kept(folder: Path | None, name: str, model, make: Callable[[], Any]) -> Any:
+    """The parameters that `make` gives, or those that an earlier run has kept in the folder."""
+    if folder is None:
+        return make()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / name).exists():
+        jq.save(folder / name, model, make())
+    return jq.load_pretrained(folder / name, dtype="float32")[1]
+
+
+def rounded(model, params, stats: Callable[[], Any], samples, spec, work: Path | None) -> dict[str, Any]:
+    """The parameters that methods without training give; where rounding is learned, it goes on from GPTQ's."""
+
+    def quantized(config):
+        return jq.quantize_params(params, stats(), model.recipe(config))[0]
+
+    refined = jq.GPTQ(spec, clip="diagonal", refine=6)
+    found = {"RTN": kept(work, "rtn", model, lambda: quantized(jq.RTN(spec)))}
+    found["GPTQ refined"] = start = kept(work, "gptq", model, lambda: quantized(refined))
+    if spec.activations is None:
+        learned = functools.partial(
+            rounding.learned, model, params, start, samples, steps=ROUNDING_STEPS, rate=ROUNDING_RATE
+        )
+        found["then learned rounding"] = kept(work, "learned", model, learned)
+    return found
 
 
 def step_times(model, params, data: np.ndarray) -> dict[str, float]:
@@ -134,29 +165,18 @@ def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> di
     data = batches(text, steps)
     samples = workflows.calibration_samples(model, text, None, *CALIBRATION).tokens
     held_out = text.corpus("held_out", WINDOWS * CONTEXT)
-    stats = jq.calibrate(model.apply, params, workflows.batches(samples))
+    stats = functools.cache(lambda: jq.calibrate(model.apply, params, workflows.batches(samples)))
     results: dict[str, dict] = {}
     measured = {"steps": steps, "tokens": int(data.size), "results": results}
     measured["seconds"] = step_times(model, params, data)
     print(measured["seconds"], flush=True)
     for name in settings:
-        spec, row = SPECS[name], results.setdefault(name, {})
-
-        def add(method, qparams, row=row, name=name):
-            row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
-
-        add("RTN", jq.quantize_params(params, stats, model.recipe(jq.RTN(spec)))[0])
-        gptq = jq.GPTQ(spec, clip="diagonal", refine=6)
-        qparams, _ = jq.quantize_params(params, stats, model.recipe(gptq))
-        add("GPTQ refined", qparams)
-        if spec.activations is None:
-            learning = {"steps": ROUNDING_STEPS, "rate": ROUNDING_RATE}
-            qparams = rounding.learned(model, params, qparams, samples, **learning)
-            add("then learned rounding", qparams)
         own = None if work is None else work / name.replace(" ", "_")
-        found, losses = trained(model, params, qparams, spec, RATES[name], data, own)
-        add("then QAT", found)
-        row["then QAT"]["losses"] = losses
+        row = results.setdefault(name, {})
+        for method, qparams in rounded(model, params, stats, samples, SPECS[name], own).items():
+            row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
+        found, losses = trained(model, params, qparams, SPECS[name], RATES[name], data, own and own / "states")
+        row["then QAT"] = {**compared(model, found, params, held_out, f"{name} then QAT"), "losses": losses}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**environment.describe(), **measured}, indent=1) + "\n")
     return measured

@@ -1,6 +1,7 @@
 """Loss increase of the packaged model under GPTQ and AWQ, ours and llm-compressor's, as transformers computes it.
 
-    python benchmarks/quality_peer.py --peer PYTHON [--settings NAME ...] [--out benchmarks/results/quality_peer.json]
+    python benchmarks/quality_peer.py --peer PYTHON [--settings NAME ...] [--work FOLDER]
+        [--out benchmarks/results/quality_peer.json]
 
 PYTHON is the interpreter of an environment with llm-compressor; this one needs torch and compressed-tensors. Both tools
 quantize the packaged model on the same calibration tokens and write compressed-tensors; transformers evaluates every
@@ -10,7 +11,8 @@ Gram matrix gives, refinement, GPTQ of AWQ's scales, and learned rounding, which
 (`jq.reconstruct`). llm-compressor quantizes a layer on what the quantized layers
 before it give (`oneshot` is sequential), jaxquant a weight on what the quantized weights before it give. Numbers are
 nats per token with the standard error of the paired difference over windows; the last rows compare the best of jaxquant
-with the best of llm-compressor.
+with the best of llm-compressor. With a folder, checkpoints are kept there and are not made again; what
+`benchmarks/own_text.py` has left in it, trained on text that the model wrote itself, is one row more.
 """
 
 import argparse
@@ -61,6 +63,7 @@ SAMPLES, WINDOWS, LENGTH = 128, 256, 512
 
 
 LEARNED = "learned rounding"
+TRAINED = "trained on own text"
 STEPS, RATES = 200, {4: 2e-3, 3: 5e-3, 2: 5e-3}  # by bits
 
 
@@ -101,39 +104,59 @@ def shown(difference: np.ndarray, sign: str = "") -> str:
     return f"{mean:{sign}.4f} ± {stderr:.4f}"
 
 
-def measure(peer: str, settings: list[str]) -> dict:
+def made(out: Path, make) -> Path:
+    """A directory that `make` writes, unless it is there."""
+    if not out.exists():
+        with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:
+            make(Path(unfinished) / "model")
+            (Path(unfinished) / "model").rename(out)
+    return out
+
+
+def checkpoints(peer: str, tokens: Path, name: str, folder: Path) -> dict[str, Path]:
+    """Every checkpoint of a setting, made where it is not there."""
+    spec, folder = SPECS[name], folder / name.replace(" ", "_")
+    folder.mkdir(exist_ok=True)
+    makers: dict[str, Any] = {
+        f"jaxquant, {what}": functools.partial(ours, tokens, config=method(spec)) for what, method in OURS.items()
+    }
+    makers[f"jaxquant, {LEARNED}"] = functools.partial(learned, tokens, spec=spec)
+    for what, options in THEIRS.items():
+        makers[f"llm-compressor, {what}"] = functools.partial(theirs, peer, tokens, spec=spec, **options)
+    found = {what: made(folder / what, make) for what, make in makers.items()}
+    own = folder / f"jaxquant, {TRAINED}"
+    return {**found, own.name: own} if own.exists() else found
+
+
+def measure(peer: str, settings: list[str], work: Path | None) -> dict:
     text = workflows.TextSource("tinylm")
     model, _ = jq.load_pretrained("tinylm")
     samples = workflows.calibration_samples(model, text, None, SAMPLES, LENGTH).tokens
     windows = torch.from_numpy(text.corpus("held_out", WINDOWS * LENGTH).astype(np.int64)).reshape(-1, LENGTH)
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "tokens.npy"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokens = folder / "tokens.npy"
         np.save(tokens, samples)
         floats = losses(TINYLM, windows)
         for name in settings:
-            spec, made = SPECS[name], {}
-            for what, method in OURS.items():
-                made[f"jaxquant, {what}"] = out = Path(folder) / f"{name} ours {what}"
-                ours(tokens, out, method(spec))
-            made[f"jaxquant, {LEARNED}"] = out = Path(folder) / f"{name} {LEARNED}"
-            learned(tokens, out, spec)
-            for what, options in THEIRS.items():
-                made[f"llm-compressor, {what}"] = out = Path(folder) / f"{name} theirs {what}"
-                theirs(peer, tokens, out, spec, **options)
-            found[name] = {what: losses(out, windows, spec.symmetric) - floats for what, out in made.items()}
-            for what, increase in found[name].items():
-                print(f"{name:<16}{what:<32}{shown(increase)}", flush=True)
+            found[name] = {}
+            for what, out in checkpoints(peer, tokens, name, folder).items():
+                found[name][what] = increase = losses(out, windows, SPECS[name].symmetric) - floats
+                print(f"{name:<20}{what:<36}{shown(increase)}", flush=True)
     return {"float": float(floats.mean()), "calibration_tokens": samples.size, "increases": found}
 
 
 def table(measured: dict) -> str:
     found = measured["increases"]
-    columns = list(next(iter(found.values())))
+    columns = list(dict.fromkeys(what for row in found.values() for what in row))
     lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
-    lines += [f"| {c} | " + " | ".join(shown(row[c]) for row in found.values()) + " |" for c in columns]
+    lines += [
+        f"| {c} | " + " | ".join(shown(row[c]) if c in row else "–" for row in found.values()) + " |" for c in columns
+    ]
     best = [
-        [min((row[c] for c in columns if tool in c), key=np.mean) for tool in ("jaxquant", "llm-compressor")]
+        [min((row[c] for c in row if tool in c), key=np.mean) for tool in ("jaxquant", "llm-compressor")]
         for row in found.values()
     ]
     lines.append("| best − best | " + " | ".join(shown(a - b, "+") for a, b in best) + " |")
@@ -151,11 +174,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", required=True, metavar="PYTHON", help="interpreter that has llm-compressor")
     parser.add_argument("--settings", nargs="+", choices=list(SPECS), default=list(SPECS))
+    parser.add_argument("--work", type=Path, help="keep checkpoints in this folder, and make only what is not there")
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # torch's and compressed-tensors' own deprecations
     logging.disable_progress_bar()
-    measured = measure(options.peer, options.settings)
+    measured = measure(options.peer, options.settings, options.work)
     print(f"\n{environment.line(options.peer)}\n\n{table(measured)}")
     if options.out:
         about = environment.describe(options.peer)
