@@ -1,6 +1,7 @@
 """Tokens per second and bytes of generation with float, int8 and int4 weights and caches.
 
-    python benchmarks/generate.py [--model DIR] [--dtype D] [--caches NAME ...] [--batch 1 8] [--out FILE]
+    python benchmarks/generate.py [--model DIR] [--dtype D] [--unstacked] [--caches NAME ...] [--batch 1 8]
+        [--out FILE]
 
 One prompt of 128 tokens for each sequence of a batch, 128 new tokens, greedily; all in one process, in turn; the first
 round of each compiles and is not counted. "prefill" are the tokens of the prompts per second, "decode" the new ones.
@@ -43,8 +44,8 @@ def seconds(model, params, prompts, cache) -> tuple[float, float]:
     return first, all_of_them - first
 
 
-def measure(name: str, dtype: str, caches: list[str], sizes: list[int]) -> list[dict]:
-    model, params = jq.load_pretrained(name, dtype=dtype)
+def measure(name: str, dtype: str, stacked: bool, caches: list[str], sizes: list[int]) -> list[dict]:
+    model, params = jq.load_pretrained(name, dtype=dtype, stacked=stacked)
     rng = np.random.default_rng(0)
     rows = []
     for weights, spec in WEIGHTS.items():
@@ -85,11 +86,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="tinylm", help="directory of a checkpoint (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the activations and what is not quantized")
+    parser.add_argument(
+        "--unstacked", action="store_true", help="each layer has arrays of its own, and none is cut out"
+    )
     parser.add_argument("--caches", nargs="+", choices=list(CACHES), default=list(CACHES), metavar="NAME")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences that run together")
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     options = parser.parse_args()
-    rows = measure(options.model, options.dtype, options.caches, options.batch)
+    rows = measure(options.model, options.dtype, not options.unstacked, options.caches, options.batch)
     print("\n" + table(rows))
     if options.out:
         caches = {name: dataclasses.asdict(how) for name, how in CACHES.items()}

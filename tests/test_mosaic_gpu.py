@@ -260,7 +260,7 @@ DECLINED = {
     "plain layout": (3, {**PLAIN, "chip": None}, {"prepared": None}, "not prepared for one of h100, h200"),
     "any GPU": (3, {**PLAIN, "chip": None}, {}, "not prepared for one of h100, h200"),
     "rounded inputs": (3, PLAIN, {"activations": jq.ActivationSpec()}, "the inputs are rounded"),
-    "many tokens": (513, PLAIN, {}, "513 tokens are so many that it pays to dequantize"),
+    "many tokens": (1025, PLAIN, {}, "1025 tokens are so many that it pays to dequantize"),
     "no tokens": (0, PLAIN, {}, "the result is 0 × 128, and there are no tiles for it"),
     "outputs": (3, {**PLAIN, "n": 192}, {}, "the result is 3 × 192, and there are no tiles for it"),
     "groups": (3, {**PLAIN, "group": 32}, {}, "32 input channels share a scale, no multiple of 64"),

@@ -142,6 +142,17 @@ def test_gradients_are_those_of_the_papers(symmetric, float64):
         np.testing.assert_allclose(of_ranges["w"]["input_zero_point"], want_input_zero.sum(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-20, -1e-30])
+def test_a_learned_scale_that_comes_next_to_zero_keeps_gradients_finite(scale):
+    w, x = normal(8, 3), normal(4, 8)
+    run = fake_quantized(lambda p, x: x @ p["w"], LSQ(int4()))
+    state = run.init({"w": w}, x)
+    near = dataclasses.replace(state, ranges={"w": {"scale": state.ranges["w"]["scale"].at[0, 1].set(scale)}})
+    found = jax.grad(lambda w, state: jnp.sum(run.apply({"w": w}, state, x)[0] ** 2), (0, 1), allow_int=True)(w, near)
+    assert np.all(np.isfinite(found[0]))
+    assert np.all(np.isfinite(found[1].ranges["w"]["scale"]))
+
+
 def test_ranges_start_where_the_papers_say():
     w, x = normal(16, 4), normal(5, 3, 16)
     product = lambda p, x: x @ p["w"]  # noqa: E731

@@ -48,15 +48,15 @@ _HOPPER = (
     (16, GpuTiles(tile_m=16, tile_n=256, tile_k=128, stages=8)),
     (32, GpuTiles(tile_m=32, tile_n=256, tile_k=128, stages=8)),
     (64, GpuTiles(tile_m=64, tile_n=256, tile_k=128, stages=6)),
-    (512, GpuTiles(tile_m=128, tile_n=256, tile_k=64, stages=6)),  # longer steps spill registers
+    (1024, GpuTiles(tile_m=128, tile_n=256, tile_k=64, stages=6)),  # longer steps spill registers
     (8, GpuTiles(tile_m=8, tile_n=128, tile_k=128, stages=8)),
     (16, GpuTiles(tile_m=16, tile_n=128, tile_k=128, stages=8)),
     (32, GpuTiles(tile_m=32, tile_n=128, tile_k=128, stages=8)),
     (64, GpuTiles(tile_m=64, tile_n=128, tile_k=128, stages=6)),
-    (512, GpuTiles(tile_m=128, tile_n=128, tile_k=128, stages=4)),
+    (1024, GpuTiles(tile_m=128, tile_n=128, tile_k=128, stages=4)),
 )
 GPU_TILES = {"h100": _HOPPER, "h200": _HOPPER}
-GPU_MOST_TOKENS = 512  # beyond, one product of XLA with dequantized weights is quicker than dequantizing in each tile
+GPU_MOST_TOKENS = 1024  # beyond, it hardly pays, or not at all, to dequantize anew for each tile of tokens
 
 
 def gpu_tiles(chip: str, tokens: int, outputs: int, own: Sequence[tuple[int, GpuTiles]] = ()) -> GpuTiles | None:

@@ -56,8 +56,8 @@ def learned_qparams(taken: Taken, ranges: Ranges, spec: QuantSpec) -> Qparams:
 
 
 def _scale(scale: jax.Array, share: float) -> jax.Array:
-    """A learned scale made positive."""
-    return jnp.maximum(jnp.abs(_slowed(scale, share)), float(jnp.finfo(scale.dtype).tiny))
+    """A learned scale made positive, and not so small that the square of its inverse is no finite number."""
+    return jnp.maximum(jnp.abs(_slowed(scale, share)), float(jnp.finfo(scale.dtype).eps) ** 2)
 
 
 def _slowed(x: jax.Array, share: float) -> jax.Array:
