@@ -84,7 +84,7 @@ class Preflight:
         working = _AT_WORK * min(max(CHUNK_BYTES, *matrices), sum(matrices)) + self._quantized
         held = {
             "one layer": sum(leaf.nbytes for leaf in self.layer.values()),
-            "activations": self.held,
+            "activations": self.held + self.activations,  # those that the last layer has left are being written
             "statistics": statistics,
             "work": max(sum(parts.values()), statistics, working),
         }

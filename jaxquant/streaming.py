@@ -122,12 +122,12 @@ class LayerByLayer:
         if first >= self._count:
             return
 
-        def calibrating(done: int, total: int) -> None:
-            progress("calibrating", len(run.notes) * total + done, self._count * total)
+        def calibrating(layer: int, done: int, total: int) -> None:
+            progress("calibrating", layer * total + done, self._count * total)
 
         stream.inputs = self._inputs(run)
         for layer in range(first, self._count):
-            self._quantize_layer(run, stream, layer, calibrating)
+            self._quantize_layer(run, stream, layer, functools.partial(calibrating, layer))
             progress("quantizing", layer + 1, self._count)
 
     def _layer(self, layer: int) -> dict[str, Any]:

@@ -189,6 +189,7 @@ def test_a_part_that_disappears_is_named_and_nothing_is_installed(tmp_path):
     def write():
         with resumable_directory(tmp_path / "out", {}) as run:
             run.add(lambda directory: save_file({"a": OLD["w"]}, directory / "a.safetensors"))
+            run.settle()
             (run.directory / "model-00001.safetensors").unlink()
             run.index()
 

@@ -9,8 +9,9 @@ A run that writes NAME keeps a hidden directory beside it, `.NAME.unfinished`:
     part/, part.json   what is being written
 
 A part is done when its JSON file has its name, which it gets when everything else is on the disk; what is there without
-one is written again. When all parts are done, `checkpoint` gets its final name, and the rest is removed. A lock on the
-directory, which dies with its process, keeps a second run away.
+one is written again. The disk is waited for in a thread of its own, while the next part is made. When all parts are
+done, `checkpoint` gets its final name, and the rest is removed. A lock on the directory, which dies with its process,
+keeps a second run away.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +41,55 @@ class Run:
       directory: its files so far. What belongs to no part (a configuration) is written here when all parts are done.
     """
 
-    def __init__(self, home: Path):
-        self._home, self.directory = home, home / "checkpoint"
+    def __init__(self, home: Path, disk: ThreadPoolExecutor):
+        self._home, self.directory, self._disk = home, home / "checkpoint", disk
         self._records: list[dict[str, Any]] = []
+        self._last: Future | None = None  # ends when the part that was added last is done
 
     @property
     def notes(self) -> list[Any]:
-        """What `add` was given for each part that is done."""
+        """What the `write` of each part has returned. Errors as `settle`."""
+        self.settle()
         return [record["note"] for record in self._records]
 
     def state(self) -> dict[str, Any]:
-        """What was to be kept for the part after the last one that is done; NumPy arrays."""
+        """What was to be kept for the part after the last one, NumPy arrays. Errors as `settle`."""
+        self.settle()
         return dict(Tensors(self._home / _state(len(self._records))))
 
     def add(self, write: Callable[[Path], Any], state: Mapping[str, Any] | None = None) -> None:
-        """Writes the next part; it is done when this returns.
+        """Writes the next part; it is done when another is added, or `settle` has returned.
 
         Args:
           write: writes safetensors files, whose names do not matter, into the empty directory that it is given, and
             returns what is to be known of the part, as JSON knows it.
-          state: arrays to keep for the next part, as `write_tensors` takes them.
+          state: arrays to keep for the next part, as `write_tensors` takes them. They are written later.
+
+        Raises:
+          OSError: the disk refuses, this part or the one before it.
+        """
+        self.settle()
+        part = self._home / "part"
+        part.mkdir()
+        self._last = self._disk.submit(self._finish, part, write(part), state)
+
+    def settle(self) -> None:
+        """Waits until the last part is done.
 
         Raises:
           OSError: the disk refuses.
         """
-        number, part = len(self._records) + 1, self._home / "part"
-        part.mkdir()
-        note = write(part)
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def count(self) -> int:
+        """How many parts are done, once the last one is or has failed."""
+        wait([] if self._last is None else [self._last])
+        return len(self._records)
+
+    def _finish(self, part: Path, note: Any, state: Mapping[str, Any] | None) -> None:
+        number = len(self._records) + 1
         written = sorted(part.glob("*.safetensors"))
         for file in written:
             sync(file)
@@ -92,7 +116,8 @@ class Run:
         write_index(self.directory, self.files())
 
     def files(self) -> list[str]:
-        """The names of the files of all parts that are done."""
+        """The names of the files of all parts. Errors as `settle`."""
+        self.settle()
         return [name for i, record in enumerate(self._records, 1) for name in _names(i, len(record["files"]))]
 
     def begin(self, fingerprint: Mapping[str, str], resume: bool) -> None:
@@ -146,14 +171,15 @@ def resumable_directory(
     with contextlib.ExitStack() as stack:
         with locked(target.parent, wait=True):
             stack.enter_context(_held(home, target))
-        run = Run(home)
+        run = Run(home, stack.enter_context(ThreadPoolExecutor(1)))
         run.begin(fingerprint, resume)
         try:
             yield run
+            run.settle()
             flush(run.directory)
         except BaseException:
-            if run.notes:
-                logger.info("%d parts are done and kept in %s; run the same again to continue", len(run.notes), home)
+            if done := run.count():
+                logger.info("%d parts are done and kept in %s; run the same again to continue", done, home)
             else:
                 shutil.rmtree(home, ignore_errors=True)
             raise

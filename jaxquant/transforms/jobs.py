@@ -15,6 +15,7 @@ from jaxquant.numerics.layout import to_canonical
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms import meshes
+from jaxquant.transforms.tracing import compat
 
 CHUNK_BYTES = 2**25  # matrices and statistics that one compiled call works on, at most
 
@@ -142,26 +143,30 @@ def chunks(jobs: list[Job]) -> Iterator[tuple[list[Span], int]]:
             yield spans, size
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6), compiler_options=compat.COMPILER_OPTIONS)
 def _part(leaf, others, start, size: int, contract: tuple[int, ...], out: tuple[int, ...], mesh: Mesh | None):
     lead = leaf.ndim - len(contract) - len(out)
     w = to_canonical(leaf, contract, out)
     w = w.reshape(math.prod(w.shape[:lead]), w.shape[lead], math.prod(w.shape[lead + 1 :]))
     others = jax.tree.map(lambda a: a.reshape(len(w), *a.shape[lead:]), others)
-    w, others = take((w, others), start, size)
+    w, others = _taken((w, others), start, size)
     if mesh is None:
         return w, others
     w = lax.with_sharding_constraint(w, meshes.split(mesh, mesh.axis_names, w.shape, -1))
     return w, lax.with_sharding_constraint(others, NamedSharding(mesh, PartitionSpec()))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=compat.COMPILER_OPTIONS)
 def count_not_finite(leaf: jax.Array) -> jax.Array:
     """How many entries are NaN or infinite; compiled, or a large array of booleans would be written first."""
     return jnp.sum(~jnp.isfinite(leaf))
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2, compiler_options=compat.COMPILER_OPTIONS)
 def take(tree, start, size: int):
     """Some of the matrices of a stack, or of a tree of stacks."""
+    return _taken(tree, start, size)
+
+
+def _taken(tree, start, size: int):
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), tree)
