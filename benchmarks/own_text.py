@@ -1,4 +1,4 @@
-"""Trains rounded weights of the packaged model on text that the model wrote itself, without any other (LLM-QAT).
+"""Trains rounded weights of the packaged model on text that the model wrote itself (LLM-QAT).
 
     python benchmarks/own_text.py --work FOLDER [--settings NAME ...] [--sequences N]
 
@@ -20,16 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qat
+from settings import LEARNED, SPECS, TOKENS, TRAINED, checkpoint
 
 import jaxquant as jq
 from jaxquant.numerics.qtensor import is_qtensor
 
-SPECS = {
-    "W4 g128": jq.int4(group_size=128),
-    "W3 g128": jq.int3(group_size=128),
-    "W3 per channel": jq.int3(),
-    "W2 g64 asymmetric": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
-}
 RATES = {4: (1e-4, 2e-4), 3: (2e-4, 4e-4), 2: (5e-4, 1e-3)}  # by bits
 START = 8  # tokens of calibration text that a sequence begins with
 TOGETHER = 1024  # sequences
@@ -70,23 +65,25 @@ def cast(tree, dtype: str):
     return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
 
-def train(name: str, model, params, text: np.ndarray, folder: Path) -> None:
+def train(name: str, model, params, text: np.ndarray, work: Path) -> None:
     """Writes the checkpoint of a setting, unless it is there."""
-    out = folder / "jaxquant, trained on own text"
+    out, spec = checkpoint(work, name, TRAINED), SPECS[name]
     if out.exists():
         return
-    _, start = jq.load_pretrained(folder / "jaxquant, learned rounding", dtype="float32")
+    _, start = jq.load_pretrained(checkpoint(work, name, LEARNED), dtype="float32")
     text, unseen = text[VALIDATION:], text[:VALIDATION]
     data = text[: len(text) // qat.BATCH * qat.BATCH].reshape(-1, qat.BATCH, qat.LENGTH)
+
+    def divergence(tree, what: str) -> float:
+        kl = jq.compare(model.apply, tree, params, unseen.reshape(-1), context=qat.LENGTH).kl.mean
+        print(f"{name}, {what}: KL {kl:.5f} on text that was not trained on", flush=True)
+        return kl
+
+    divergence(start, "learned rounding")
     found = {}
-    for rate in (None, *RATES[SPECS[name].bits]):
-        tree = start
-        if rate is not None:
-            tree, _ = qat.trained(model, params, cast(start, "float32"), SPECS[name], rate, data, None)
-            tree = cast(tree, STORED)
-        divergence = jq.compare(model.apply, tree, params, unseen.reshape(-1), context=qat.LENGTH).kl.mean
-        print(f"{name}, rate {rate or 0:g}, {len(data)} steps: KL {divergence:.5f} on its own text", flush=True)
-        found[divergence] = tree
+    for rate in RATES[spec.bits]:
+        tree = cast(qat.trained(model, params, cast(start, "float32"), spec, rate, data, None)[0], STORED)
+        found[divergence(tree, f"{len(data)} steps at {rate:g}")] = tree
     jq.save(out, model, found[min(found)], format="compressed-tensors")
 
 
@@ -99,10 +96,10 @@ def main() -> None:
     print(environment.line(), flush=True)
     model, params = jq.load_pretrained("tinylm", dtype="float32")
     params = cast(params, "float32")
-    samples = np.load(args.work / "tokens.npy")
+    samples = np.load(args.work / TOKENS)
     text = own_text(model, params, samples, args.sequences, args.work / "own_text.npy")
     for name in args.settings:
-        train(name, model, params, text, args.work / name.replace(" ", "_"))
+        train(name, model, params, text, args.work)
 
 
 if __name__ == "__main__":

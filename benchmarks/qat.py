@@ -43,6 +43,7 @@ RATES = {
 }  # of the weights; at 3 bits, 2e-4 and 5e-4 came equally far in 150 steps, and little else has been searched
 EMBEDDING = 1 / 3  # of that rate; the embedding, which is the head too, stays in float
 BATCH, LENGTH = 8, 256
+SHOWN = 20  # steps whose losses are one number
 KEPT = 120.0  # seconds from one state that is kept to the next
 CALIBRATION = 128, 512
 WINDOWS, CONTEXT = 64, 512
@@ -103,8 +104,8 @@ def trained(model, params, qparams, spec, rate: float, data: np.ndarray, work: P
     def watch(state, loss):
         losses.append(loss)
         states.keep(state, losses)
-        if len(losses) % 20 == 0:
-            print(f"  step {len(losses)}: {np.mean(losses[-20:]):.4f}", flush=True)
+        if len(losses) % SHOWN == 0:
+            print(f"  step {len(losses)}: {np.mean(losses[-SHOWN:]):.4f}", flush=True)
 
     state = jq.train(step, state, map(jnp.asarray, data[len(losses) :]), params, watch=watch)
     return jq.convert(state.params, state.qat, recipe), losses
@@ -114,10 +115,19 @@ def kept(folder: Path | None, name: str, model, make: Callable[[], Any]) -> Any:
     """The parameters that `make` gives, or those that an earlier run has kept in the folder."""
     if folder is None:
         return make()
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name).exists():
         jq.save(folder / name, model, make())
     return jq.load_pretrained(folder / name, dtype="float32")[1]
+
+
+def check_same(folder: Path, settings: dict) -> None:
+    """Keeps in the folder what its contents are made with; stops where that was something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    if not file.exists():
+        file.write_text(json.dumps(settings))
+    if json.loads(file.read_text()) != settings:
+        raise SystemExit(f"{folder} holds what was made with other settings than {settings}; use a new folder")
 
 
 def rounded(model, params, stats: Callable[[], Any], samples, spec, work: Path | None) -> dict[str, Any]:
@@ -127,6 +137,8 @@ def rounded(model, params, stats: Callable[[], Any], samples, spec, work: Path |
         return jq.quantize_params(params, stats(), model.recipe(config))[0]
 
     refined = jq.GPTQ(spec, clip="diagonal", refine=6)
+    if work is not None:
+        check_same(work, {"spec": repr(spec), "gptq": repr(refined), "rounding": [ROUNDING_STEPS, ROUNDING_RATE]})
     found = {"RTN": kept(work, "rtn", model, lambda: quantized(jq.RTN(spec)))}
     found["GPTQ refined"] = start = kept(work, "gptq", model, lambda: quantized(refined))
     if spec.activations is None:
@@ -176,7 +188,8 @@ def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> di
         for method, qparams in rounded(model, params, stats, samples, SPECS[name], own).items():
             row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
         found, losses = trained(model, params, qparams, SPECS[name], RATES[name], data, own and own / "states")
-        row["then QAT"] = {**compared(model, found, params, held_out, f"{name} then QAT"), "losses": losses}
+        means = [float(np.mean(losses[i : i + SHOWN])) for i in range(0, len(losses), SHOWN)]
+        row["then QAT"] = {**compared(model, found, params, held_out, f"{name} then QAT"), "losses": means}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**environment.describe(), **measured}, indent=1) + "\n")
     return measured
@@ -205,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--settings", nargs="+", choices=list(SPECS), default=list(SPECS))
-    parser.add_argument("--work", type=Path, help="keep the state of the training in this folder, and go on from it")
+    parser.add_argument("--work", type=Path, help="keep what is quantized and the state of the training here")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "qat.json")
     args = parser.parse_args()
     print(environment.line(), tables(measure(args.steps, args.settings, args.out, args.work)), sep="\n\n")

@@ -12,7 +12,7 @@ Gram matrix gives, refinement, GPTQ of AWQ's scales, and learned rounding, which
 before it give (`oneshot` is sequential), jaxquant a weight on what the quantized weights before it give. Numbers are
 nats per token with the standard error of the paired difference over windows; the last rows compare the best of jaxquant
 with the best of llm-compressor. With a folder, checkpoints are kept there and are not made again; what
-`benchmarks/own_text.py` has left in it, trained on text that the model wrote itself, is one row more.
+`benchmarks/own_text.py` has left in it, trained on text that the model wrote itself, is compared by itself.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import numpy as np
 import rounding
 import torch
 from peers import torch_ptq
+from settings import LEARNED, SPECS, TOKENS, TRAINED, checkpoint
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils import logging
 
@@ -37,12 +38,6 @@ import jaxquant as jq
 from jaxquant import workflows
 from jaxquant.models import TINYLM
 
-SPECS = {
-    "W4 g128": jq.int4(group_size=128),
-    "W3 g128": jq.int3(group_size=128),
-    "W3 per channel": jq.int3(),
-    "W2 g64 asymmetric": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
-}
 REFINED = {"clip": "diagonal", "refine": 6}
 OURS = {
     "RTN": jq.RTN,
@@ -62,8 +57,6 @@ THEIRS = {
 SAMPLES, WINDOWS, LENGTH = 128, 256, 512
 
 
-LEARNED = "learned rounding"
-TRAINED = "trained on own text"
 STEPS, RATES = 200, {4: 2e-3, 3: 5e-3, 2: 5e-3}  # by bits
 
 
@@ -107,6 +100,7 @@ def shown(difference: np.ndarray, sign: str = "") -> str:
 def made(out: Path, make) -> Path:
     """A directory that `make` writes, unless it is there."""
     if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as unfinished:
             make(Path(unfinished) / "model")
             (Path(unfinished) / "model").rename(out)
@@ -115,17 +109,27 @@ def made(out: Path, make) -> Path:
 
 def checkpoints(peer: str, tokens: Path, name: str, folder: Path) -> dict[str, Path]:
     """Every checkpoint of a setting, made where it is not there."""
-    spec, folder = SPECS[name], folder / name.replace(" ", "_")
-    folder.mkdir(exist_ok=True)
+    spec = SPECS[name]
     makers: dict[str, Any] = {
         f"jaxquant, {what}": functools.partial(ours, tokens, config=method(spec)) for what, method in OURS.items()
     }
-    makers[f"jaxquant, {LEARNED}"] = functools.partial(learned, tokens, spec=spec)
+    makers[LEARNED] = functools.partial(learned, tokens, spec=spec)
     for what, options in THEIRS.items():
         makers[f"llm-compressor, {what}"] = functools.partial(theirs, peer, tokens, spec=spec, **options)
-    found = {what: made(folder / what, make) for what, make in makers.items()}
-    own = folder / f"jaxquant, {TRAINED}"
-    return {**found, own.name: own} if own.exists() else found
+    found = {what: made(checkpoint(folder, name, what), make) for what, make in makers.items()}
+    own = checkpoint(folder, name, TRAINED)
+    return {**found, TRAINED: own} if own.exists() else found
+
+
+def kept_tokens(folder: Path, samples: np.ndarray) -> Path:
+    """The file with the tokens that everything in the folder is calibrated on; another Python comes with other text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = folder / TOKENS
+    if not tokens.exists():
+        np.save(tokens, samples)
+    if not np.array_equal(np.load(tokens), samples):
+        raise SystemExit(f"{folder} holds checkpoints that are calibrated on other tokens; use a new folder")
+    return tokens
 
 
 def measure(peer: str, settings: list[str], work: Path | None) -> dict:
@@ -136,9 +140,7 @@ def measure(peer: str, settings: list[str], work: Path | None) -> dict:
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        tokens = folder / "tokens.npy"
-        np.save(tokens, samples)
+        tokens = kept_tokens(folder, samples)
         floats = losses(TINYLM, windows)
         for name in settings:
             found[name] = {}
@@ -155,12 +157,16 @@ def table(measured: dict) -> str:
     lines += [
         f"| {c} | " + " | ".join(shown(row[c]) if c in row else "–" for row in found.values()) + " |" for c in columns
     ]
-    best = [
-        [min((row[c] for c in row if tool in c), key=np.mean) for tool in ("jaxquant", "llm-compressor")]
-        for row in found.values()
-    ]
-    lines.append("| best − best | " + " | ".join(shown(a - b, "+") for a, b in best) + " |")
-    lines.append("| best ÷ best | " + " | ".join(f"{a.mean() / b.mean():.2f}" for a, b in best) + " |")
+    theirs = [min((row[c] for c in row if "llm-compressor" in c), key=np.mean) for row in found.values()]
+    best = [min((row[c] for c in row if "jaxquant" in c and c != TRAINED), key=np.mean) for row in found.values()]
+    pairs = list(zip(best, theirs, strict=True))
+    lines.append("| best without training − best | " + " | ".join(shown(a - b, "+") for a, b in pairs) + " |")
+    lines.append(
+        "| best without training ÷ best | " + " | ".join(f"{a.mean() / b.mean():.2f}" for a, b in pairs) + " |"
+    )
+    if TRAINED in columns:
+        trained = [f"{row[TRAINED].mean() / b.mean():.2f}" for row, b in zip(found.values(), theirs, strict=True)]
+        lines.append(f"| trained ÷ best | {' | '.join(trained)} |")
     note = f"{measured['calibration_tokens']:,} calibration tokens, {WINDOWS * (LENGTH - 1):,} scored held-out tokens"
     return f"{note}; float loss {measured['float']:.4f}\n\n" + "\n".join(lines)
 

@@ -59,7 +59,7 @@ class LayerByLayer:
     def run(self, path: str | os.PathLike, *, overwrite: bool, resume: bool, progress: Progress) -> Report:
         """Quantizes the model into a directory. Arguments and errors as `quantize_checkpoint`."""
         stream = self._stream()
-        self._preflight(stream).check(path)
+        self._begin(stream, path)
         with resumable_directory(path, self.fingerprint(), overwrite=overwrite, resume=resume) as run:
             self._quantize_layers(run, stream, progress)
             for name in self.checkpoint.outer_names[len(run.notes) - self._count :]:
@@ -96,8 +96,13 @@ class LayerByLayer:
         apply, masks = self.checkpoint.model.blocks.apply, [batch.real for batch in self._batches]
         return Stream(apply, self.rules, None, masks=masks, predecessors=self.predecessors)
 
-    def _preflight(self, stream: Stream) -> Preflight:
-        layer, tokens, activations, held, calibration = self._layer(0), 0, 0, 0, None
+    def _begin(self, stream: Stream, path: str | os.PathLike) -> None:
+        layer = self._layer(0)
+        self._preflight(stream, layer).check(path)
+        stream.compile_ahead(layer)  # while the checkpoint is read for its fingerprint
+
+    def _preflight(self, stream: Stream, layer: dict[str, Any]) -> Preflight:
+        tokens, activations, held, calibration = 0, 0, 0, None
         if self.samples is not None:
             batch, tokens = self._batches[0], self.samples.tokens.size
             x = self._embedded(batch)

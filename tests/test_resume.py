@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 
 import jaxquant as jq
 from jaxquant import workflows
-from jaxquant.checkpoints import tensors
+from jaxquant.checkpoints import resumable, tensors
 from jaxquant.checkpoints.native import load_tree, save_tree
 from jaxquant.checkpoints.resumable import resumable_directory
 from jaxquant.checkpoints.tensors import Tensors
@@ -146,6 +147,47 @@ def test_a_run_that_has_done_nothing_leaves_nothing(tmp_path):
     with pytest.raises(KeyError), resumable_directory(tmp_path / "out", {}):
         raise KeyError
     assert os.listdir(tmp_path) == []
+
+
+def first_part(directory):
+    save_file({"a": OLD["w"]}, directory / "a.safetensors")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_the_disk_refuses_while_the_next_part_is_made_is_not_lost(tmp_path, monkeypatch, parts):
+    def full(*args):
+        raise OSError("no room for the state")
+
+    def write():
+        with resumable_directory(tmp_path / "out", {}) as run:
+            for _ in range(parts):
+                run.add(first_part, {"x": OLD["w"]})
+
+    monkeypatch.setattr(resumable, "write_tensors", full)
+    with pytest.raises(OSError, match="no room"):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
+def test_who_is_interrupted_while_the_disk_is_waited_for_keeps_the_part(tmp_path, monkeypatch):
+    interrupted = threading.Event()
+
+    def slow(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupted.wait()
+
+    def write():
+        with resumable_directory(tmp_path / "out", {}) as run:
+            run.add(first_part, {"x": OLD["w"]})
+            try:
+                run.settle()
+            finally:
+                interrupted.set()
+
+    monkeypatch.setattr(resumable, "write_tensors", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert sorted(os.listdir(tmp_path / ".out.unfinished")) == ["00001.json", "checkpoint", "run.json", "state-00001"]
 
 
 def test_an_unfinished_run_of_something_else_is_refused_and_kept(tmp_path):

@@ -79,9 +79,9 @@ class Run:
         Raises:
           OSError: the disk refuses.
         """
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        if self._last is not None:
+            self._last.result()
+            self._last = None  # not before: what failed, or was not waited for to the end, must not be forgotten
 
     def count(self) -> int:
         """How many parts are done, once the last one is or has failed."""

@@ -205,10 +205,10 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
 
 
-def empty_like(moments, xp=jnp) -> Moments:
-    """Moments of no rows, with the shapes and dtypes of `moments` (arrays or ShapeDtypeStructs), by NumPy or JAX."""
-    zeros = jax.tree.map(lambda s: xp.zeros(s.shape, s.dtype), moments)
-    return dataclasses.replace(zeros, rank=xp.full(moments.rank.shape, EMPTY))
+def empty_like(moments) -> Moments:
+    """Moments of no rows, with the shapes and dtypes of `moments` (arrays or ShapeDtypeStructs)."""
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), moments)
+    return dataclasses.replace(zeros, rank=jnp.full(moments.rank.shape, EMPTY))
 
 
 def extremes_alone(moments: Moments) -> Moments:

@@ -116,9 +116,8 @@ class Stream:
         self._ahead: dict[int, list[Future]] = {}  # programs of steps that are compiled beside calibration
 
     def prepare(self, params: Any, x: Any, real: Any = None) -> Needs:
-        """What calibration takes for one block: its parameters, an input of it, and its mask. Begins to compile."""
+        """What calibration takes for one block: its parameters, an input of it, and its mask."""
         self._plan(params, [x])
-        self._compile_ahead(params)
         if self._stages is None or self._types is None:
             estimate = self._steps[0].calibration.prepare(params, x, None if real is None else jnp.asarray(real, bool))
             return Needs(estimate, memory.types_bytes(x), estimate.parts["statistics"])
@@ -152,7 +151,7 @@ class Stream:
         held, self.inputs = self.inputs, []
         if self._stages is not None:
             held = [self._stages.begin(kind, held.pop(0)) for kind in kinds]
-            self._compile_ahead(params)
+            self.compile_ahead(params)
         tree, reports, seen = params, [], []
         if self._lookups:
             tree, report = self._solved(tree, self._types, self._lookups, -1)
@@ -217,8 +216,8 @@ class Stream:
         self._after = (lambda tree, result: result) if self._behind_float else quantized(self._fn)
         self._stages, self._lookups = None, []
 
-    def _compile_ahead(self, params: Any) -> None:
-        """Once, and where it is known what will run."""
+    def compile_ahead(self, params: Any) -> None:
+        """Begins to compile the methods' programs for a block that was given to `prepare`; `quantize` does it, too."""
         if self._stages is None or self._types is None or self._ahead or self._checked:
             return
         named = dict(named_leaves(params, is_qtensor))

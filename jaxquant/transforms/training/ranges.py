@@ -45,7 +45,7 @@ def learned_qparams(taken: Taken, ranges: Ranges, spec: QuantSpec) -> Qparams:
     if own.granularity == "per_tensor":
         per_scale *= math.prod(taken.shape[a] for a in taken.out)
     share = lsq.gradient_share(per_scale, own)
-    scale, fixed = _scale(ranges["scale"], share), isinstance(spec.bits, int)
+    scale, fixed = _scale(ranges["scale"], share, taken), isinstance(spec.bits, int)
     low, high = code_limits(spec, scale.dtype)
     wider = own.steps / (high - low)
     scale = (scale if fixed else scale * wider).astype(taken.scale_dtype)
@@ -55,9 +55,10 @@ def learned_qparams(taken: Taken, ranges: Ranges, spec: QuantSpec) -> Qparams:
     return scale, jnp.clip(zero if fixed else low + (zero - own.min_code) / wider, low, high)
 
 
-def _scale(scale: jax.Array, share: float) -> jax.Array:
-    """A learned scale made positive, and not so small that the square of its inverse is no finite number."""
-    return jnp.maximum(jnp.abs(_slowed(scale, share)), float(jnp.finfo(scale.dtype).eps) ** 2)
+def _scale(scale: jax.Array, share: float, taken: Taken) -> jax.Array:
+    """A learned scale made positive: not 0 in the dtype that it gets, and the square of its inverse finite."""
+    least = max(float(jnp.finfo(scale.dtype).eps) ** 2, float(jnp.finfo(taken.scale_dtype).tiny))
+    return jnp.maximum(jnp.abs(_slowed(scale, share)), least)
 
 
 def _slowed(x: jax.Array, share: float) -> jax.Array:
@@ -102,7 +103,7 @@ def learned_input_qparams(taken: Taken, ranges: Ranges) -> Qparams:
     """The scale and (float) zero point `[*lead]` of a weight's inputs, as they are rounded with."""
     spec = _activations(taken).spec
     share = lsq.gradient_share(taken.channels, spec)
-    scale = _scale(ranges["input_scale"], share)
+    scale = _scale(ranges["input_scale"], share, taken)
     limits = code_limits(spec, scale.dtype)
     scale = scale.astype(taken.scale_dtype)
     return scale, None if spec.symmetric else jnp.clip(_slowed(ranges["input_zero_point"], share), *limits)
