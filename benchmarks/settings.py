@@ -1,4 +1,4 @@
-"""What `quality_peer.py` and `own_text.py` call the same: kinds of weights, and checkpoints in the folder they share."""
+"""What `quality_peer.py` and `own_text.py` share: kinds of weights, and checkpoints in one folder."""
 
 from pathlib import Path
 

@@ -56,7 +56,8 @@ _HOPPER = (
     (1024, GpuTiles(tile_m=128, tile_n=128, tile_k=128, stages=4)),
 )
 GPU_TILES = {"h100": _HOPPER, "h200": _HOPPER}
-GPU_MOST_TOKENS = 1024  # beyond, it hardly pays, or not at all, to dequantize anew for each tile of tokens
+# At 1024 tokens and 4096 × 28672 an H200 took 374 µs where XLA took 456; at 2048 tokens there was no difference.
+GPU_MOST_TOKENS = 1024
 
 
 def gpu_tiles(chip: str, tokens: int, outputs: int, own: Sequence[tuple[int, GpuTiles]] = ()) -> GpuTiles | None:
