@@ -204,6 +204,8 @@ class _Program:
         if not self.uses:
             raise ValueError("the function multiplies nothing with a weight of `params`: there is nothing to calibrate")
         run, _ = compat.stage(moments, self.types, *args)
+        empty = lambda: [statistics.empty_like(m) for m in self.types]  # noqa: E731
+        self._empty = jax.jit(empty, compiler_options=compat.COMPILER_OPTIONS)  # one program, not one for each shape
         self._compiled = jax.jit(run, donate_argnums=0, compiler_options=compat.COMPILER_OPTIONS)
 
     def memory(self, params, batch, real: jax.Array | None, begun: bool) -> MemoryEstimate:
@@ -229,8 +231,7 @@ class _Program:
 
     def nothing(self) -> list[Moments]:
         """Moments of every site, of no tokens."""
-        # One program, which compiles faster than one for each shape.
-        return jax.jit(lambda: list(map(statistics.empty_like, self.types)), compiler_options=compat.COMPILER_OPTIONS)()
+        return self._empty()
 
     def add(self, total: list[Moments], params, batch, position: int, real: jax.Array | None) -> tuple[list, Any]:
         """Merges moments of every site over one batch into the total, which is used up; returns it and the result."""

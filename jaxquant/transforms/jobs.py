@@ -149,7 +149,7 @@ def _part(leaf, others, start, size: int, contract: tuple[int, ...], out: tuple[
     w = to_canonical(leaf, contract, out)
     w = w.reshape(math.prod(w.shape[:lead]), w.shape[lead], math.prod(w.shape[lead + 1 :]))
     others = jax.tree.map(lambda a: a.reshape(len(w), *a.shape[lead:]), others)
-    w, others = _taken((w, others), start, size)
+    w, others = take((w, others), start, size)
     if mesh is None:
         return w, others
     w = lax.with_sharding_constraint(w, meshes.split(mesh, mesh.axis_names, w.shape, -1))
@@ -162,11 +162,7 @@ def count_not_finite(leaf: jax.Array) -> jax.Array:
     return jnp.sum(~jnp.isfinite(leaf))
 
 
-@functools.partial(jax.jit, static_argnums=2, compiler_options=compat.COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnums=2)
 def take(tree, start, size: int):
     """Some of the matrices of a stack, or of a tree of stacks."""
-    return _taken(tree, start, size)
-
-
-def _taken(tree, start, size: int):
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), tree)
