@@ -27,6 +27,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import rounding
+from settings import REFINED
 
 import jaxquant as jq
 from jaxquant import workflows
@@ -136,7 +137,7 @@ def rounded(model, params, stats: Callable[[], Any], samples, spec, work: Path |
     def quantized(config):
         return jq.quantize_params(params, stats(), model.recipe(config))[0]
 
-    refined = jq.GPTQ(spec, clip="diagonal", refine=6)
+    refined = jq.GPTQ(spec, **REFINED)
     if work is not None:
         check_same(work, {"spec": repr(spec), "gptq": repr(refined), "rounding": [ROUNDING_STEPS, ROUNDING_RATE]})
     found = {"RTN": kept(work, "rtn", model, lambda: quantized(jq.RTN(spec)))}

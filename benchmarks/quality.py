@@ -19,6 +19,7 @@ from typing import Any
 
 import environment
 import rounding
+from settings import REFINED
 
 import jaxquant as jq
 from jaxquant import workflows
@@ -35,7 +36,6 @@ SPECS = {
     "W3 per channel": jq.int3(),
     "W2 g64 asymmetric": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
 }
-REFINED = {"clip": "diagonal", "refine": 6}
 METHODS = {
     "RTN": jq.RTN,
     "AWQ": jq.AWQ,

@@ -30,7 +30,7 @@ import numpy as np
 import rounding
 import torch
 from peers import torch_ptq
-from settings import LEARNED, SPECS, TOKENS, TRAINED, checkpoint
+from settings import LEARNED, REFINED, SPECS, TOKENS, TRAINED, checkpoint
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils import logging
 
@@ -38,7 +38,6 @@ import jaxquant as jq
 from jaxquant import workflows
 from jaxquant.models import TINYLM
 
-REFINED = {"clip": "diagonal", "refine": 6}
 OURS = {
     "RTN": jq.RTN,
     "AWQ": jq.AWQ,
@@ -150,6 +149,15 @@ def measure(peer: str, settings: list[str], work: Path | None) -> dict:
     return {"float": float(floats.mean()), "calibration_tokens": samples.size, "increases": found}
 
 
+def best(row: dict[str, np.ndarray], tool: str) -> np.ndarray:
+    """The smallest increase that a tool comes to without training."""
+    return min((increase for what, increase in row.items() if tool in what and what != TRAINED), key=np.mean)
+
+
+def ratio(a: np.ndarray | None, b: np.ndarray) -> str:
+    return "–" if a is None else f"{a.mean() / b.mean():.2f}"
+
+
 def table(measured: dict) -> str:
     found = measured["increases"]
     columns = list(dict.fromkeys(what for row in found.values() for what in row))
@@ -157,16 +165,13 @@ def table(measured: dict) -> str:
     lines += [
         f"| {c} | " + " | ".join(shown(row[c]) if c in row else "–" for row in found.values()) + " |" for c in columns
     ]
-    theirs = [min((row[c] for c in row if "llm-compressor" in c), key=np.mean) for row in found.values()]
-    best = [min((row[c] for c in row if "jaxquant" in c and c != TRAINED), key=np.mean) for row in found.values()]
-    pairs = list(zip(best, theirs, strict=True))
-    lines.append("| best without training − best | " + " | ".join(shown(a - b, "+") for a, b in pairs) + " |")
-    lines.append(
-        "| best without training ÷ best | " + " | ".join(f"{a.mean() / b.mean():.2f}" for a, b in pairs) + " |"
-    )
+    ours, theirs = ([best(row, tool) for row in found.values()] for tool in ("jaxquant", "llm-compressor"))
+    differences = [shown(a - b, "+") for a, b in zip(ours, theirs, strict=True)]
+    lines.append(f"| best without training − best | {' | '.join(differences)} |")
+    lines.append(f"| best without training ÷ best | {' | '.join(map(ratio, ours, theirs))} |")
     if TRAINED in columns:
-        trained = [f"{row[TRAINED].mean() / b.mean():.2f}" for row, b in zip(found.values(), theirs, strict=True)]
-        lines.append(f"| trained ÷ best | {' | '.join(trained)} |")
+        trained = [row.get(TRAINED) for row in found.values()]
+        lines.append(f"| trained ÷ best | {' | '.join(map(ratio, trained, theirs))} |")
     note = f"{measured['calibration_tokens']:,} calibration tokens, {WINDOWS * (LENGTH - 1):,} scored held-out tokens"
     return f"{note}; float loss {measured['float']:.4f}\n\n" + "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What `quality_peer.py` and `own_text.py` share: kinds of weights, and checkpoints in one folder."""
+"""What benchmarks of quality share: kinds of weights, a way to call GPTQ, and checkpoints in one folder."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ SPECS = {
     "W3 per channel": jq.int3(),
     "W2 g64 asymmetric": jq.QuantSpec(bits=2, group_size=64, symmetric=False),
 }
+REFINED = {"clip": "diagonal", "refine": 6}  # what the tables call refined GPTQ
 TOKENS = "tokens.npy"  # for calibration
 LEARNED = "jaxquant, learned rounding"
 TRAINED = "jaxquant, trained on own text"

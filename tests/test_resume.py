@@ -119,11 +119,15 @@ def test_a_run_that_is_killed_at_random_moments_gives_what_it_would_have_given(m
     assert resumed > KILLS // 2
 
 
+def first_part(directory):
+    save_file({"a": OLD["w"]}, directory / "a.safetensors")
+
+
 def write_one(out, fingerprint, note=None, **options):
     """Writes the first of two parts, and fails in the second."""
     with resumable_directory(out, fingerprint, **options) as run:
         if not run.notes:
-            run.add(lambda directory: save_file({"a": OLD["w"]}, directory / "a.safetensors") or note)
+            run.add(lambda directory: first_part(directory) or note)
         assert run.notes == [note]
         raise OSError("the second part fails")
 
@@ -147,10 +151,6 @@ def test_a_run_that_has_done_nothing_leaves_nothing(tmp_path):
     with pytest.raises(KeyError), resumable_directory(tmp_path / "out", {}):
         raise KeyError
     assert os.listdir(tmp_path) == []
-
-
-def first_part(directory):
-    save_file({"a": OLD["w"]}, directory / "a.safetensors")
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -209,7 +209,7 @@ def test_a_second_run_with_the_same_output_is_refused(tmp_path):
             write_one(tmp_path / "out", {})
         with pytest.raises(OSError, match="another run is writing"):
             write_one(tmp_path / "out", {}, resume=False)
-        run.add(lambda directory: save_file({"a": OLD["w"]}, directory / "a.safetensors"))
+        run.add(first_part)
         run.index()
     np.testing.assert_array_equal(Tensors(tmp_path / "out")["a"], OLD["w"])
 
@@ -230,7 +230,7 @@ def test_parts_that_have_changed_are_refused(tmp_path, change):
 def test_a_part_that_disappears_is_named_and_nothing_is_installed(tmp_path):
     def write():
         with resumable_directory(tmp_path / "out", {}) as run:
-            run.add(lambda directory: save_file({"a": OLD["w"]}, directory / "a.safetensors"))
+            run.add(first_part)
             run.settle()
             (run.directory / "model-00001.safetensors").unlink()
             run.index()
