@@ -26,6 +26,7 @@ import jaxquant as jq
 from jaxquant.numerics.qtensor import is_qtensor
 
 RATES = {4: (1e-4, 2e-4), 3: (2e-4, 4e-4), 2: (5e-4, 1e-3)}  # by bits
+LENGTH, BATCH = 256, 8
 START = 8  # tokens of calibration text that a sequence begins with
 TOGETHER = 1024  # sequences
 VALIDATION = 256  # sequences
@@ -33,19 +34,19 @@ STORED = "float16"  # as the packaged model is, so that files are as large
 
 
 def written(model, params, samples: np.ndarray, sequences: int, seed: int) -> np.ndarray:
-    """Token ids `[sequences, qat.LENGTH]` that the model writes."""
+    """Token ids `[sequences, LENGTH]` that the model writes."""
     rng = np.random.default_rng(seed)
     rows = samples[rng.integers(0, len(samples), sequences)]
     at = rng.integers(0, rows.shape[1] - START, (sequences, 1))
     starts = np.take_along_axis(rows, at + np.arange(START), 1).tolist()
-    new = qat.LENGTH - START
+    new = LENGTH - START
     text = jq.generate(model, params, starts, max_new_tokens=new, sampling=jq.Sampling(1.0), seed=seed)
     return np.asarray([start + more for start, more in zip(starts, text, strict=True)], np.int32)
 
 
 def own_text(model, params, samples: np.ndarray, sequences: int, file: Path) -> np.ndarray:
     """That text, and as much more for validation; what is in the file is not written again."""
-    found = np.load(file) if file.exists() else np.zeros((0, qat.LENGTH), np.int32)
+    found = np.load(file) if file.exists() else np.zeros((0, LENGTH), np.int32)
     while len(found) < sequences + VALIDATION:
         found = np.concatenate([found, written(model, params, samples, TOGETHER, len(found))])
         unfinished = file.with_suffix(".new.npy")
@@ -72,10 +73,10 @@ def train(name: str, model, params, text: np.ndarray, work: Path) -> None:
         return
     _, start = jq.load_pretrained(checkpoint(work, name, LEARNED), dtype="float32")
     text, unseen = text[VALIDATION:], text[:VALIDATION]
-    data = text[: len(text) // qat.BATCH * qat.BATCH].reshape(-1, qat.BATCH, qat.LENGTH)
+    data = text[: len(text) // BATCH * BATCH].reshape(-1, BATCH, LENGTH)
 
     def divergence(tree, what: str) -> float:
-        kl = jq.compare(model.apply, tree, params, unseen.reshape(-1), context=qat.LENGTH).kl.mean
+        kl = jq.compare(model.apply, tree, params, unseen.reshape(-1), context=LENGTH).kl.mean
         print(f"{name}, {what}: KL {kl:.5f} on text that was not trained on", flush=True)
         return kl
 
@@ -91,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of quality_peer.py")
     parser.add_argument("--settings", nargs="+", choices=list(SPECS), default=list(SPECS))
-    parser.add_argument("--sequences", type=int, default=16384, help=f"of {qat.LENGTH} tokens (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=16384, help=f"of {LENGTH} tokens (default: %(default)s)")
     args = parser.parse_args()
     print(environment.line(), flush=True)
     model, params = jq.load_pretrained("tinylm", dtype="float32")

@@ -21,8 +21,10 @@ def qat_optimizer(
 
     Args:
       optimizer: of the parameters, with its weight decay if it has any.
-      ranges: the learning rate of learned ranges (a number or an optax schedule), or an optimizer for them. The
-        gradients of LSQ are scaled for a rate as high as that of the weights, relative to their size.
+      ranges: the learning rate of learned ranges (a number or an optax schedule), or an optimizer for them. LSQ scales
+        their gradients for SGD at the rate of the weights. To Adam the size of a gradient means nothing, and a scale
+        moves all weights that share it, the largest by as many steps as it has codes: where a training begins with
+        good scales (`start_from`), take a hundredth of the weights' rate.
       rules: pairs (pattern, rate) for parameters and ranges whose whole path matches, such as
         `("params/embed_tokens/.*", None)`; the first that matches wins. None keeps them as they are.
 
