@@ -42,7 +42,7 @@ RATES = {
     "W4A8": 4e-4,
     "W3 g128": 3e-4,
     "W2 g64": 1e-3,
-}  # of the weights; at 3 bits, 2e-4 and 5e-4 came equally far in 150 steps, and little else has been searched
+}  # of the weights; at 4 bits, 8e-4 is too much; little else has been searched
 RANGES = 0.01  # of that rate; at 1/4, the scales of 4-bit weights move all codes so much that the loss rises
 EMBEDDING = 1 / 3  # of that rate; the embedding, which is the head too, stays in float
 BATCH, LENGTH = 4, 512
