@@ -46,7 +46,7 @@ RATES = {
 RANGES = 0.01  # of that rate; at 1/4, the scales of 4-bit weights move all codes so much that the loss rises
 EMBEDDING = 1 / 3  # of that rate; the embedding, which is the head too, stays in float
 BATCH, LENGTH = 4, 512
-STEP = 8, 256  # of which the time is taken
+STEP = 8, 256  # the shape of as many tokens, for taking the time
 SHOWN = 20  # steps whose losses are one number
 KEPT = 120.0  # seconds from one state that is kept to the next
 CALIBRATION = 128, 512
@@ -93,6 +93,7 @@ class States:
 def trained(model, params, qparams, spec, rate: float, data: np.ndarray, work: Path | None):
     """What training makes of quantized parameters in one step per batch, and the losses."""
     recipe = model.recipe(jq.LSQ(spec))
+    # `start_from` leaves a weight as near to where it is as its code allows; here it begins in the middle
     middles = jax.tree.map(lambda leaf: jq.dequantize(leaf) if is_qtensor(leaf) else leaf, qparams, is_leaf=is_qtensor)
     fn = jq.fake_quantized(model.apply, recipe)
     schedule = functools.partial(optax.warmup_cosine_decay_schedule, 0.0, decay_steps=len(data), end_value=0.0)
