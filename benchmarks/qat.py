@@ -31,7 +31,6 @@ from settings import REFINED
 
 import jaxquant as jq
 from jaxquant import workflows
-from jaxquant.numerics.qtensor import is_qtensor
 
 SPECS = {
     "W4A8": jq.int4(activations=jq.ActivationSpec()),
@@ -94,7 +93,7 @@ def trained(model, params, qparams, spec, rate: float, data: np.ndarray, work: P
     """What training makes of quantized parameters in one step per batch, and the losses."""
     recipe = model.recipe(jq.LSQ(spec))
     # `start_from` leaves a weight as near to where it is as its code allows; here it begins in the middle
-    middles = jax.tree.map(lambda leaf: jq.dequantize(leaf) if is_qtensor(leaf) else leaf, qparams, is_leaf=is_qtensor)
+    middles = jq.dequantize_params(qparams)
     fn = jq.fake_quantized(model.apply, recipe)
     schedule = functools.partial(optax.warmup_cosine_decay_schedule, 0.0, decay_steps=len(data), end_value=0.0)
     warm_up = max(1, len(data) // 20)

@@ -33,6 +33,7 @@ from jaxquant.pretrained import load_pretrained as load_pretrained
 from jaxquant.pretrained import save as save
 from jaxquant.transforms.calibrate import Statistics as Statistics
 from jaxquant.transforms.calibrate import calibrate as calibrate
+from jaxquant.transforms.dequantize import dequantize_params as dequantize_params
 from jaxquant.transforms.fold import FoldPair as FoldPair
 from jaxquant.transforms.fold import fold as fold
 from jaxquant.transforms.quantize import quantize_params as quantize_params

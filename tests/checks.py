@@ -8,7 +8,6 @@ import numpy as np
 from functions import CASES, Seen
 
 from jaxquant.numerics.affine import dequantize, quantize
-from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.statistics import HELD_OUT_EVERY, SAMPLE_ROWS, token_hash
 
 
@@ -75,10 +74,6 @@ def assert_same(got, want, atol=2e-5):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         scale = np.max(np.abs(np.asarray(b, np.float64)), initial=0.0) or 1.0
         np.testing.assert_allclose(np.asarray(a, np.float64) / scale, np.asarray(b, np.float64) / scale, atol=atol)
-
-
-def dense_of(params):
-    return jax.tree.map(lambda a: dequantize(a) if is_qtensor(a) else a, params, is_leaf=is_qtensor)
 
 
 def quantize_case(case, spec):

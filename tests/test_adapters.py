@@ -58,8 +58,7 @@ def test_outputs_and_gradients_are_those_of_the_sum(name):
 
 def dense_sum(qparams, adapters, alpha):
     """`added`, so that JAX can differentiate it."""
-    joined = with_lora(qparams, adapters, alpha=alpha)
-    return jax.tree.map(lambda q: dequantize(q) if is_qtensor(q) else q, joined, is_leaf=is_qtensor)
+    return jq.dequantize_params(with_lora(qparams, adapters, alpha=alpha))
 
 
 def test_a_new_adapter_changes_nothing_and_inputs_are_not_rounded_for_it():

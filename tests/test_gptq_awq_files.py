@@ -177,8 +177,7 @@ def test_act_order_is_read_and_computed_with_exactly(tmp_path):
     assert_holds(tmp_path / "out", model, qparams)
     _, read = jq.load_pretrained(tmp_path / "out")
     same_params(read, qparams)
-    dense = jax.tree.map(lambda q: jq.dequantize(q) if is_qtensor(q) else q, read, is_leaf=is_qtensor)
-    logits = model.apply(dense, TOKENS)
+    logits = model.apply(jq.dequantize_params(read), TOKENS)
     np.testing.assert_allclose(model.apply(read, TOKENS), logits, atol=1e-5 * np.abs(logits).max())
     unordered = jax.tree.map(
         lambda q: dataclasses.replace(q, input_order=None) if is_qtensor(q) else q, read, is_leaf=is_qtensor

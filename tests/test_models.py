@@ -18,9 +18,9 @@ from jaxquant.models import TINYLM
 from jaxquant.models.config import from_hf
 from jaxquant.models.model import Model
 from jaxquant.models.names import parameter_shapes, params_from_tensors, tensors_from_params
-from jaxquant.numerics.affine import dequantize, quantize
-from jaxquant.numerics.qtensor import is_qtensor
+from jaxquant.numerics.affine import quantize
 from jaxquant.numerics.spec import QuantSpec
+from jaxquant.transforms.dequantize import dequantize_params
 
 torch = pytest.importorskip("torch")
 
@@ -155,10 +155,6 @@ def quantized_layers(params: dict, spec: QuantSpec) -> dict:
     return params | {"layers": jax.tree.map(lambda a: quantize(a, spec) if a.ndim == 3 else a, params["layers"])}
 
 
-def dequantized(params: dict) -> dict:
-    return jax.tree.map(lambda a: dequantize(a) if is_qtensor(a) else a, params, is_leaf=is_qtensor)
-
-
 @pytest.mark.parametrize("spec", [QuantSpec(bits=4, group_size=16), QuantSpec(bits=8, symmetric=False)])
 def test_quantized_parameters_round_trip_and_run(spec):
     model = Model.from_hf(SMALL)
@@ -169,7 +165,7 @@ def test_quantized_parameters_round_trip_and_run(spec):
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     tokens = random_tokens(97)
-    assert relative_error(model.apply(params, tokens), model.apply(dequantized(params), tokens)) < 1e-5
+    assert relative_error(model.apply(params, tokens), model.apply(dequantize_params(params), tokens)) < 1e-5
 
 
 def test_wrong_shape_names_tensor_and_both_shapes():

@@ -20,6 +20,7 @@ from jaxquant.numerics.spec import QuantSpec, int4, int8
 from jaxquant.numerics.statistics import InputStatistics
 from jaxquant.transforms import jobs, programs
 from jaxquant.transforms.calibrate import ProductStatistics, Statistics, calibrate
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.report import LayerReport, Report
 
@@ -314,6 +315,20 @@ def test_other_leaves_are_the_same_objects():
     without, report = quantize_params(params, None, RTN(int4()))
     assert {path for path in without if is_qtensor(without[path])} == {"w", "unused", "numpy"}
     assert report.layers[0].tokens is report.layers[0].error is None
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_dequantized_parameters_are_those_of_the_model_to_half_a_step(given, dtype):
+    params, stats = given
+    qparams, _ = quantize_params(params, stats, RTN(int4()))
+    found = dequantize_params(qparams, dtype)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    assert found["list"][0]["bias"] is params["list"][0]["bias"]
+    for a, q, w in zip(leaves(found), leaves(qparams), leaves(params), strict=True):
+        if is_qtensor(q):
+            assert a.dtype == (dtype or w.dtype)
+            reach = np.abs(np.asarray(w)).max(-2, keepdims=True) * (1 / 15 + 1e-3)  # half of a step, and of float16
+            assert (np.abs(np.asarray(a, np.float32) - np.asarray(w)) <= reach).all()
 
 
 def test_an_expert_without_tokens_is_rounded_and_reported():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, dense_of, quantize_case
+from checks import assert_same, quantize_case
 from functions import CASES, normal
 from jax import lax
 from programs import constants
@@ -12,6 +12,7 @@ from programs import constants
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import int3, int4, int8
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.quantized import quantized
 
 
@@ -146,7 +147,7 @@ def linear_params(spec=None, **axes):
 
 def test_under_jit_vmap_and_scan():
     params, x, run = linear_params(), normal(5, 3, 16), quantized(linear)
-    want = linear(dense_of(params), x)
+    want = linear(dequantize_params(params), x)
     assert_same(jax.jit(run)(params, x), want)
     assert_same(jax.vmap(run, in_axes=(None, 0))(params, x), want)
     assert_same(jax.lax.map(lambda x: run(params, x), x), want)
@@ -159,11 +160,11 @@ def test_vmap_over_the_experts_of_quantized_weights():
     w, x = normal(3, 16, 8), normal(3, 5, 16)
     params = {"w": quantize(w, int4(group_size=8)), "b": normal(3, 8)}
     got = jax.vmap(quantized(linear))(params, x)
-    want = jax.vmap(linear)(dense_of(params), x)
+    want = jax.vmap(linear)(dequantize_params(params), x)
     assert_same(got, want)
     axes = {"w": 0, "b": None}
     got = jax.vmap(quantized(linear), in_axes=(axes, None))(params | {"b": normal(8)}, x[0])
-    assert_same(got, jax.vmap(linear, in_axes=(axes, None))(dense_of(params) | {"b": normal(8)}, x[0]))
+    assert_same(got, jax.vmap(linear, in_axes=(axes, None))(dequantize_params(params) | {"b": normal(8)}, x[0]))
 
 
 def test_scan_over_quantized_layers_outside():
@@ -178,7 +179,7 @@ def test_quantized_inside_quantized_and_inside_a_loop():
     params, x = {"w": quantize(normal(16, 16), int8()), "b": normal(16)}, normal(5, 16)
     inner = quantized(linear)
     outer = quantized(lambda p, x: lax.fori_loop(0, 3, lambda i, x: inner(p, x), x))
-    want = lax.fori_loop(0, 3, lambda i, x: linear(dense_of(params), x), x)
+    want = lax.fori_loop(0, 3, lambda i, x: linear(dequantize_params(params), x), x)
     assert_same(outer(params, x), want)
 
 
@@ -227,7 +228,7 @@ def test_inputs_that_are_no_arrays_are_static():
         ((x, False), {"mode": "b"}),
         ((x, None), {"mode": "c", "scale": jnp.float32(2)}),
     ]:
-        assert_same(run(params, *args, **options), fn(dense_of(params), *args, **options))
+        assert_same(run(params, *args, **options), fn(dequantize_params(params), *args, **options))
 
 
 def test_an_input_that_cannot_be_static_is_named():
@@ -239,7 +240,7 @@ def test_an_input_that_cannot_be_static_is_named():
 def test_numpy_inputs_and_donated_buffers():
     params, x = linear_params(), np.asarray(normal(5, 8, seed=3))
     fn = lambda p, x: x + linear(p, jnp.concatenate([x, x], 1))  # noqa: E731
-    want = fn(dense_of(params), jnp.asarray(x))
+    want = fn(dequantize_params(params), jnp.asarray(x))
     assert_same(quantized(fn)(params, x), want)
     assert_same(jax.jit(quantized(fn), donate_argnums=1)(params, jnp.asarray(x)), want)
 
@@ -272,7 +273,7 @@ def test_parameters_that_loops_hand_on_stay_quantized():
     params = {"w": quantize(normal(16, 16), int4(group_size=8)), "b": normal(16)}
     params["stack"] = quantize(normal(2, 16, 16), int8())
     x = normal(5, 16)
-    assert_same(quantized(fn)(params, x), fn(dense_of(params), x))
+    assert_same(quantized(fn)(params, x), fn(dequantize_params(params), x))
 
 
 def test_very_deep_nesting():
@@ -287,7 +288,7 @@ def test_very_deep_nesting():
         return lambda p, x: jax.jit(inner)(p, x)
 
     params, x = linear_params(), normal(5, 16)
-    assert_same(quantized(nest(12))(params, x), linear(dense_of(params), x))
+    assert_same(quantized(nest(12))(params, x), linear(dequantize_params(params), x))
 
 
 def test_tracers_do_not_leak():

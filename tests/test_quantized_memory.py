@@ -10,13 +10,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import consumed, dense_of, quantize_case
+from checks import consumed, quantize_case
 from functions import CASES, normal
 from programs import computed
 
 from jaxquant.numerics.affine import quantize
 from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import int3, int4, int8
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.quantized import quantized
 
 STACKED = [  # layers in one array, by every way to reach one of them
@@ -79,7 +80,7 @@ def test_stacked_layers_are_never_dense_at_once(name, spec):
 def test_a_dense_stack_would_be_found(name):
     case = CASES[name]
     qparams, _, stack = stacked_case(name, int4(group_size=8))
-    run = lambda params, x: case.apply(dense_of(params), x)  # noqa: E731
+    run = lambda params, x: case.apply(dequantize_params(params), x)  # noqa: E731
     assert largest(run, qparams, two_tokens(), floats_only=True) >= stack
 
 
@@ -105,7 +106,7 @@ LOOKUPS = {
 def test_a_lookup_makes_only_its_rows_dense(fn, spec):
     table, ids = quantize(normal(64, 16), spec, contract=(-1,), out=(-2,)), jnp.array([3, 60, 7])
     assert largest(quantized(fn), table, ids, floats_only=False) == 3 * 16
-    dense = lambda w, ids: fn(dense_of(w), ids)  # noqa: E731
+    dense = lambda w, ids: fn(dequantize_params(w), ids)  # noqa: E731
     assert largest(dense, table, ids, floats_only=True) == 64 * 16
 
 

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, dense_of
+from checks import assert_same
 from functions import normal
 from jax import lax
 
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.spec import int3, int4, int8
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.quantized import quantized
 
 
@@ -93,7 +94,7 @@ def test_uses_without_a_kernel_are_errors_or_dense_copies(name, spec):
     assert "quantized(fn, allow_dense=True)" in str(error.value)
     with pytest.warns(UserWarning, match=message):
         got = quantized(apply, allow_dense=True)(params, x)
-    assert_same(got, apply(dense_of(params), x))
+    assert_same(got, apply(dequantize_params(params), x))
 
 
 def test_the_error_names_every_weight_by_its_path():

@@ -8,10 +8,9 @@ from functions import normal
 
 from jaxquant.methods.gptq import GPTQ
 from jaxquant.methods.rtn import RTN
-from jaxquant.numerics.affine import dequantize
-from jaxquant.numerics.qtensor import is_qtensor
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, int4, int8
 from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.training.reconstruct import reconstruct
 
@@ -31,7 +30,7 @@ def quantized_blocks(config):
 
 def output(blocks, x):
     for b in blocks:
-        x = block(jax.tree.map(lambda a: dequantize(a) if is_qtensor(a) else a, b, is_leaf=is_qtensor), x)
+        x = block(dequantize_params(b), x)
     return x
 
 

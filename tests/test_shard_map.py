@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, check, dense_of, expected, oracle
+from checks import assert_same, check, expected, oracle
 from functions import normal
 from jax import lax
 from jax.sharding import AxisType
@@ -27,6 +27,7 @@ from jaxquant.methods.llm_int8 import LLMInt8
 from jaxquant.numerics.affine import dequantize, quantize
 from jaxquant.numerics.spec import int4
 from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.quantized import quantized
 
 
@@ -106,7 +107,7 @@ def test_tokens_on_several_devices_weigh_the_same(check_vma):
 def test_quantized_tensor_parallel_shards(spec, check_vma):
     qparams, x = quantize_all(params_of(), spec), inputs()
     fn = tensor_parallel(mesh_of(), check_vma)
-    assert_same(quantized(fn)(qparams, x), model(dense_of(qparams), x))
+    assert_same(quantized(fn)(qparams, x), model(dequantize_params(qparams), x))
 
 
 def test_a_mask_reaches_shards():
@@ -150,7 +151,7 @@ def test_experts_over_devices(how, e):
     params, x = expert_params(e), normal(e, 20, 16)
     same_statistics(calibrate(fn, params, [x]), calibrate(expert_layers, params, [x]))
     qparams = quantize_all(params, int4(group_size=8))
-    assert_same(quantized(fn)(qparams, x), expert_layers(dense_of(qparams), x))
+    assert_same(quantized(fn)(qparams, x), expert_layers(dequantize_params(qparams), x))
 
 
 def test_one_expert_on_each_device_squeezed():
@@ -160,7 +161,7 @@ def test_one_expert_on_each_device_squeezed():
     params, x = expert_params(), normal(8, 20, 16)
     same_statistics(calibrate(fn, params, [x]), calibrate(expert_layers, params, [x]))
     qparams = quantize_all(params, int4(group_size=8))
-    assert_same(quantized(fn)(qparams, x), expert_layers(dense_of(qparams), x))
+    assert_same(quantized(fn)(qparams, x), expert_layers(dequantize_params(qparams), x))
 
 
 @pytest.mark.parametrize("first", ["up", "shared"])
@@ -200,7 +201,7 @@ def test_one_of_several_local_experts_is_noted():
     assert set(stats.products) == {"down"}
     assert stats.notes == (("up", "`dot_general`: it takes a part of an axis that is split over devices"),)
     qparams = {"up": quantize(params["up"], int4(group_size=8)), "down": params["down"]}
-    assert_same(quantized(fn)(qparams, x), fn(dense_of(qparams), x))
+    assert_same(quantized(fn)(qparams, x), fn(dequantize_params(qparams), x))
 
 
 def test_loops_and_conditionals_inside_shards():
@@ -218,7 +219,7 @@ def test_loops_and_conditionals_inside_shards():
     held = sum(int(jnp.sum(jnp.any(stats.products[k].inputs.held_out != 0, -1))) for k in ("w", "v"))
     assert n + held == 3 * 64
     qparams = quantize_all(params, int4(group_size=8))
-    assert_same(quantized(fn)(qparams, x), fn(dense_of(qparams), x))
+    assert_same(quantized(fn)(qparams, x), fn(dequantize_params(qparams), x))
 
 
 def test_float_rows_of_outliers_go_where_their_input_channels_are():
@@ -265,7 +266,7 @@ def test_gradients_through_shards():
     qparams, x = quantize_all(params_of(), int4(group_size=8)), inputs()
     fn = tensor_parallel(mesh_of())
     got = jax.grad(lambda x: jnp.sum(jnp.sin(quantized(fn)(qparams, x))))(x)
-    want = jax.grad(lambda x: jnp.sum(jnp.sin(model(dense_of(qparams), x))))(x)
+    want = jax.grad(lambda x: jnp.sum(jnp.sin(model(dequantize_params(qparams), x))))(x)
     assert_same(got, want, 1e-4)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, dense_of
+from checks import assert_same
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from meshes import (
@@ -28,6 +28,7 @@ from jaxquant.methods.rtn import RTN
 from jaxquant.methods.smoothquant import SmoothQuant
 from jaxquant.numerics.spec import int4, int8
 from jaxquant.transforms.calibrate import calibrate
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.quantize import quantize_params
 from jaxquant.transforms.quantized import quantized
 
@@ -44,7 +45,7 @@ def test_calibrate_under_a_mesh(kind):
 @pytest.mark.parametrize("spec", SPECS)
 def test_quantized_under_a_mesh_of_auto_axes(spec):
     mesh, qparams, x = mesh_of(), quantize_all(params_of(), spec), inputs()
-    want = model(dense_of(qparams), x)
+    want = model(dequantize_params(qparams), x)
     placed = {k: split_qtensor(q, mesh, SPLIT[k]) for k, q in qparams.items()}
     run = jax.jit(quantized(model), out_shardings=NamedSharding(mesh, P("data", None, "model")))
     got = run(placed, put(x, mesh, P("data")))
@@ -56,7 +57,7 @@ def test_quantized_under_a_mesh_of_auto_axes(spec):
 @pytest.mark.parametrize("spec", SPECS)
 def test_quantized_under_a_mesh_of_explicit_axes(spec):
     mesh, qparams, x = mesh_of(AxisType.Explicit), quantize_all(params_of(), spec), inputs()
-    want = model(dense_of(qparams), x)
+    want = model(dequantize_params(qparams), x)
     with jax.set_mesh(mesh):
         got = quantized(model)(put(qparams, mesh, jax.tree.map(lambda _: P(), qparams)), put(x, mesh, P("data")))
     assert_same(got, want)
@@ -91,7 +92,7 @@ def test_calibrate_tensor_parallel_under_explicit_axes():
 @pytest.mark.parametrize("spec", SPECS)
 def test_quantized_tensor_parallel_under_explicit_axes(spec):
     mesh, qparams, x = mesh_of(AxisType.Explicit), quantize_all(params_of(), spec), inputs()
-    want = model(dense_of(qparams), x)
+    want = model(dequantize_params(qparams), x)
     with jax.set_mesh(mesh):
         got = quantized(explicit_model)(
             {k: split_qtensor(q, mesh, SPLIT[k]) for k, q in qparams.items()}, put(x, mesh, P("data"))

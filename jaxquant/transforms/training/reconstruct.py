@@ -29,6 +29,7 @@ from jaxquant.numerics.affine import code_limits, dequantize, per_code
 from jaxquant.numerics.layout import from_canonical, to_canonical
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.numerics.spec import compute_dtype
+from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.tracing import compat
 from jaxquant.transforms.tracing.interpreter import named_leaves
 
@@ -78,7 +79,7 @@ def reconstruct(
         _check(q)
     run = jax.jit(partial(_learn, fn, steps, rate), compiler_options=compat.COMPILER_OPTIONS)
     through = jax.jit(lambda params, x: lax.map(partial(fn, params), x))
-    dense = jax.jit(_dense)
+    dense = jax.jit(dequantize_params)
     x, rounded, results, errors = inputs, inputs, [], []
     for params, q in zip(blocks, quantized_blocks, strict=True):
         target = through(params, x)
@@ -97,10 +98,6 @@ def _check(tree: Any) -> None:
                 f"'{path}' has rounded inputs, adapters or a layout of a platform's kernels; rounding is learned "
                 "before those, and with rounded inputs by fake_quantized"
             )
-
-
-def _dense(tree: Any) -> Any:
-    return jax.tree.map(lambda a: dequantize(a) if is_qtensor(a) else a, tree, is_leaf=is_qtensor)
 
 
 def _learn(fn: Callable, steps: int, rate: float, params: Any, q: Any, inputs: jax.Array, targets: Any):
