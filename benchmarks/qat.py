@@ -192,7 +192,11 @@ def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> di
         row = results.setdefault(name, {})
         for method, qparams in rounded(model, params, stats, samples, SPECS[name], own).items():
             row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
-        found, losses = trained(model, params, qparams, SPECS[name], RATES[name], data, own and own / "states")
+        if own is not None:
+            rates = [RATES[name], RANGES, EMBEDDING]
+            check_same(own / "training", {"steps": steps, "batch": [BATCH, LENGTH], "rates": rates})
+        states = own and own / "training" / "states"
+        found, losses = trained(model, params, qparams, SPECS[name], RATES[name], data, states)
         means = [float(np.mean(losses[i : i + SHOWN])) for i in range(0, len(losses), SHOWN)]
         row["then QAT"] = {**compared(model, found, params, held_out, f"{name} then QAT"), "losses": means}
         out.parent.mkdir(parents=True, exist_ok=True)
