@@ -44,6 +44,7 @@ RATES = {
 }  # of the weights; at 4 bits, 8e-4 is too much; little else has been searched
 RANGES = 0.01  # of that rate; at 1/4, the scales of 4-bit weights move all codes so much that the loss rises
 EMBEDDING = 1 / 3  # of that rate; the embedding, which is the head too, stays in float
+DAMPENING = 0.006  # at the highest rate
 BATCH, LENGTH = 4, 512
 STEP = 8, 256  # the shape of as many tokens, for taking the time
 SHOWN = 20  # steps whose losses are one number
@@ -104,7 +105,8 @@ def trained(model, params, qparams, spec, rate: float, data: np.ndarray, work: P
     )
     states = States(work)
     state, losses = states.newest(jq.start_from(jq.train_state(fn, middles, optimizer, data[0]), qparams))
-    step = jq.train_step(fn, functools.partial(distilled, model), optimizer)
+    pull = schedule(DAMPENING, warm_up)  # as the rate, so that where a weight comes to rest stays the same
+    step = jq.train_step(fn, functools.partial(distilled, model), optimizer, dampening=pull)
 
     def watch(state, loss):
         losses.append(loss)
@@ -193,7 +195,7 @@ def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> di
         for method, qparams in rounded(model, params, stats, samples, SPECS[name], own).items():
             row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
         if own is not None:
-            rates = [RATES[name], RANGES, EMBEDDING]
+            rates = [RATES[name], RANGES, EMBEDDING, DAMPENING]
             check_same(own / "training", {"steps": steps, "batch": [BATCH, LENGTH], "rates": rates})
         states = own and own / "training" / "states"
         found, losses = trained(model, params, qparams, SPECS[name], RATES[name], data, states)

@@ -9,7 +9,7 @@ from jaxquant.numerics.qtensor import is_qtensor
 
 
 def dequantize_params(qparams: Any, dtype=None) -> Any:
-    """The parameters with arrays in place of `QTensor`s: what the model function itself takes.
+    """The parameters with arrays in place of QTensors: what the model function itself takes.
 
     They have the size of the original parameters again, and hold no more than the codes do. Rounding of inputs, which
     belongs to a QTensor and to no array, is left out.

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.numerics import affine
-from jaxquant.numerics.layout import to_canonical
 from jaxquant.numerics.qtensor import QTensor, is_qtensor
 from jaxquant.transforms.jobs import count_not_finite
 from jaxquant.transforms.recipe import resolve
@@ -74,16 +72,8 @@ def _one(leaf: Any, t: Taken, state: QATState) -> QTensor:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized(t: Taken, w: jax.Array, own: dict, seen: dict) -> QTensor:
-    axes = {"contract": t.contract, "out": t.out}
-    if t.learned:
-        scale, zero = ranges.learned_qparams(t, own, t.spec)
-        zero = None if zero is None else jnp.round(zero).astype(jnp.int8)
-        canonical = to_canonical(w, t.contract, t.out)
-        codes = affine.encode(canonical, *affine.per_code(scale, zero, canonical.shape, len(t.out)), t.spec)
-        in_shape = tuple(w.shape[a] for a in t.contract)
-        q = QTensor.from_codes(codes, scale, zero, t.spec, dtype=w.dtype, in_shape=in_shape, **axes)
-    else:
-        q = affine.quantize(w, t.spec, **axes)
+    axes = {"contract": t.contract, "out": t.out, "in_shape": tuple(w.shape[a] for a in t.contract)}
+    q = QTensor.from_codes(*ranges.coded(w, t, own), t.spec, dtype=w.dtype, **axes)
     return _with_inputs(q, t, own, seen) if t.spec.static_activations else q
 
 

@@ -10,7 +10,15 @@ import numpy as np
 from jax import lax
 
 from jaxquant.methods import lsq
-from jaxquant.numerics.affine import Qparams, choose_qparams, code_limits, fake_quantize, fake_quantize_to, per_code
+from jaxquant.numerics.affine import (
+    Qparams,
+    choose_qparams,
+    code_limits,
+    encode,
+    fake_quantize,
+    fake_quantize_to,
+    per_code,
+)
 from jaxquant.numerics.layout import from_canonical, to_canonical
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, compute_dtype
 from jaxquant.transforms.training.taken import Taken
@@ -33,6 +41,23 @@ def round_weight(w: jax.Array, taken: Taken, ranges: Ranges, spec: QuantSpec) ->
     scale, zero_point = learned_qparams(taken, ranges, spec)
     rounded = fake_quantize_to(canonical, *per_code(scale, zero_point, canonical.shape, len(taken.out)), spec)
     return from_canonical(rounded, taken.contract, taken.out, tuple(w.shape[a] for a in taken.contract))
+
+
+def coded(w: jax.Array, taken: Taken, ranges: Ranges) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes `[*lead, K, *out]`, scales and zero points (int8) of a weight, of its own spec."""
+    scale, zero_point = (
+        learned_qparams(taken, ranges, taken.spec)
+        if taken.learned
+        else choose_qparams(w, taken.spec, contract=taken.contract, out=taken.out)
+    )
+    zero_point = None if zero_point is None else jnp.round(zero_point).astype(jnp.int8)
+    return codes_of(w, taken, scale, zero_point), scale, zero_point
+
+
+def codes_of(w: jax.Array, taken: Taken, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+    """Codes `[*lead, K, *out]` of a weight, with given scales."""
+    canonical = to_canonical(w, taken.contract, taken.out)
+    return encode(canonical, *per_code(scale, zero_point, canonical.shape, len(taken.out)), taken.spec)
 
 
 def learned_qparams(taken: Taken, ranges: Ranges, spec: QuantSpec) -> Qparams:
