@@ -3,19 +3,20 @@
     python benchmarks/qat.py [--steps N] [--settings NAME ...] [--work FOLDER] [--out benchmarks/results/qat.json]
 
 Each setting is rounded to nearest (RTN), by GPTQ with refinement, by rounding learned from there on, and trained from
-there on, with learned ranges (LSQ); no rounding is learned where inputs are rounded too. The loss of training is the
-divergence from the frozen float model, which knows no labels: the float model itself, trained so on the same tokens,
-stays what it is, so nothing is earned by going on with pretraining. Increase of the loss and divergence are measured on
-held-out text; `recovered` is the share of RTN's divergence that is gone, and `of GPTQ` that of what GPTQ leaves. Step
-times are medians of a step with rounded numbers and of one without, taken in turns. With a folder, what is quantized
-before training is kept there, and the state of the training: what was stopped goes on from them, also on another
-machine.
+there on, with learned ranges (LSQ) and dampening; no rounding is learned where inputs are rounded too. The loss of
+training is the divergence from the frozen float model, which knows no labels: the float model itself, trained so on the
+same tokens, stays what it is, so nothing is earned by going on with pretraining. Increase of the loss and divergence
+are measured on held-out text; `recovered` is the share of RTN's divergence that is gone, and `of GPTQ` that of what
+GPTQ leaves. Step times are medians of a step with rounded numbers and of one without, taken in turns. With a folder,
+what is quantized before training is kept there, and the state of the training: what was stopped goes on from them, also
+on another machine.
 """
 
 import argparse
 import functools
 import json
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,12 +192,12 @@ def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> di
     print(measured["seconds"], flush=True)
     for name in settings:
         own = None if work is None else work / name.replace(" ", "_")
+        if own is not None:
+            rates = [RATES[name], RANGES, EMBEDDING, DAMPENING]
+            check_same(own / "training", {"shape": [*data.shape], "text": zlib.crc32(data.tobytes()), "rates": rates})
         row = results.setdefault(name, {})
         for method, qparams in rounded(model, params, stats, samples, SPECS[name], own).items():
             row[method] = compared(model, qparams, params, held_out, f"{name} {method}")
-        if own is not None:
-            rates = [RATES[name], RANGES, EMBEDDING, DAMPENING]
-            check_same(own / "training", {"steps": steps, "batch": [BATCH, LENGTH], "rates": rates})
         states = own and own / "training" / "states"
         found, losses = trained(model, params, qparams, SPECS[name], RATES[name], data, states)
         means = [float(np.mean(losses[i : i + SHOWN])) for i in range(0, len(losses), SHOWN)]

@@ -16,11 +16,13 @@ from meshes import SPLIT, P, inputs, mesh_of, model, params_of, put
 from programs import equations
 
 from jaxquant.methods.gptq import GPTQ
+from jaxquant.methods.lsq import LSQ
 from jaxquant.methods.rtn import RTN
 from jaxquant.numerics.affine import fake_quantize
 from jaxquant.numerics.spec import ActivationSpec, QuantSpec, int4, int8
 from jaxquant.transforms.quantized import quantized
 from jaxquant.transforms.training.fake_quantized import fake_quantized
+from jaxquant.transforms.training.schedule import Schedule
 
 INPUTS = ActivationSpec(symmetric=False)  # of a symmetric range, the extreme lies half way between two codes
 
@@ -184,6 +186,24 @@ def test_on_a_mesh(kind):
     with jax.set_mesh(mesh):
         placed = put(params, mesh, SPLIT if kind == AxisType.Auto else {k: P() for k in SPLIT})
         got = jax.jit(gradient)(placed, put(x, mesh, P("data")))
+    assert_same(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("activations", [INPUTS, ActivationSpec(static=True)])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_schedule_on_a_mesh(kind, activations):
+    mesh, params, x = mesh_of(kind), params_of(), inputs()
+    schedule = Schedule(anneal=4, bits=((2, 8),))
+    run = fake_quantized(model, LSQ(int4(group_size=8, activations=activations)), schedule=schedule)
+
+    def second(params, x):
+        _, state = run.apply(params, run.init(params, x), x)
+        return run.apply(params, state, x)[0]
+
+    want = second(params, x)
+    with jax.set_mesh(mesh):
+        placed = put(params, mesh, SPLIT if kind == AxisType.Auto else {k: P() for k in SPLIT})
+        got = second(placed, put(x, mesh, P("data")))
     assert_same(got, want, 1e-4)
 
 

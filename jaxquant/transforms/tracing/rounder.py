@@ -22,7 +22,7 @@ from jaxquant.transforms.tracing.products import Lookup, Product
 from jaxquant.transforms.tracing.recorder import Recorder
 from jaxquant.transforms.tracing.views import Factor
 
-Round = Callable[[jax.Array, Any], jax.Array]
+Round = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 class Users(Observer):
@@ -51,11 +51,12 @@ class Rounding:
 
     Attributes:
       key: weights with equal keys round one input alike.
-      run: `run(rows, ranges)`: rows `[*stack, T, K]` of inputs, rounded; `ranges` as below, `[*stack, 1, 1]` (or
-        `[T, 1]`, of each row's expert).
+      run: `run(rows, ranges, strength)`: rows `[*stack, T, K]` of inputs, rounded; `ranges` as below, `[*stack, 1, 1]`
+        (or `[T, 1]`, of each row's expert).
       ranges: pytree of arrays `[*lead]`, along the weight's axes that stack matrices; or None.
       lead: those axes, ascending.
       observed: whether the extremes of its inputs are recorded.
+      strength: `[]`, the share of rounding; None if it is whole.
     """
 
     key: Any
@@ -63,6 +64,7 @@ class Rounding:
     ranges: Any
     lead: tuple[int, ...]
     observed: bool
+    strength: jax.Array | None = None
 
 
 class Rounder(Observer):
@@ -110,7 +112,8 @@ class Rounder(Observer):
         else:
             ranges = jax.tree.map(lambda a: a[..., None, None], ranges)
         run = functools.partial(_on_rows, rounding.run, product)
-        return compat.compiler_sharded(run, product.x, jax.typeof(product.x).sharding.spec)(product.x, ranges)
+        run = compat.compiler_sharded(run, product.x, jax.typeof(product.x).sharding.spec)
+        return run(product.x, ranges, rounding.strength)
 
 
 def _dims(product: Product) -> tuple:
@@ -119,14 +122,14 @@ def _dims(product: Product) -> tuple:
     return batch, tuple(sorted(d for d, _ in product.contract))
 
 
-def _on_rows(run: Round, product: Product, x: jax.Array, ranges) -> jax.Array:
+def _on_rows(run: Round, product: Product, x: jax.Array, ranges, strength) -> jax.Array:
     """`run` on x as `[*stack, T, K]`, and the result in the shape of x."""
     batch, free, contract = [d for d, _ in product.batch], product.free_dims, [d for d, _ in product.contract]
     order = [*batch, *free, *contract]
     moved = jnp.transpose(x, order)
     stack = [f.size for f in product.batch_factors]
     rows = moved.reshape(*stack, product.tokens, product.channels)
-    result = run(rows, ranges).reshape(moved.shape)
+    result = run(rows, ranges, strength).reshape(moved.shape)
     return jnp.transpose(result, [order.index(d) for d in range(x.ndim)])
 
 

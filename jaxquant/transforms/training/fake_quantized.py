@@ -143,7 +143,7 @@ def _init(fn: Callable, settings: _Settings, rest: Static) -> Callable:
     return run
 
 
-def _untouched(rows: jax.Array, _: Any) -> jax.Array:
+def _untouched(rows: jax.Array, *_: Any) -> jax.Array:
     return rows
 
 
@@ -178,15 +178,15 @@ def _check(program: Program, state: QATState | None) -> None:
 def _rounded_leaves(program: Program, settings: _Settings, state, step) -> dict[str, Any]:
     leaves = dict(program.leaves)
     for t in program.weights:
-        w, spec, strength = jnp.asarray(leaves[t.path]), t.spec, None
-        if step is not None:
-            spec, strength = settings.schedule.spec(spec, step), settings.schedule.strength(step)
-        own = {} if state is None else at(state.ranges, t.path)
+        w, own = jnp.asarray(leaves[t.path]), {} if state is None else at(state.ranges, t.path)
 
-        def run(w, own, t=t, spec=spec, strength=strength):
+        def run(w, own, step, t=t):
+            spec, strength = t.spec, None
+            if step is not None:
+                spec, strength = settings.schedule.spec(spec, step), settings.schedule.strength(step)
             return mixed(w, ranges.round_weight(w, t, own, spec), strength)
 
-        leaves[t.path] = compat.compiler_sharded(run, w, jax.typeof(w).sharding.spec)(w, own)
+        leaves[t.path] = compat.compiler_sharded(run, w, jax.typeof(w).sharding.spec)(w, own, step)
     return leaves
 
 
@@ -195,17 +195,20 @@ def _rounding(t: Taken, activations: ActivationSpec, settings: _Settings, state,
     if activations.static:
         return _static(t, activations, settings, state, strength)
 
-    def dynamic(rows, _):
+    def dynamic(rows, _, strength):
         return mixed(rows, round_input(rows, None, activations), strength)
 
-    return Rounding(activations, dynamic, None, t.lead, observed=False)
+    return Rounding(activations, dynamic, None, t.lead, observed=False, strength=strength)
 
 
 def _static(t: Taken, activations: ActivationSpec, settings: _Settings, state: QATState, strength) -> Rounding:
     if t.learned:
         qparams = ranges.learned_input_qparams(t, at(state.ranges, t.path))
-        run = lambda rows, qparams: mixed(rows, round_input(rows, qparams, activations), strength)  # noqa: E731
-        return Rounding(t.path, run, qparams, t.lead, observed=False)
+
+        def learned(rows, qparams, strength):
+            return mixed(rows, round_input(rows, qparams, activations), strength)
+
+        return Rounding(t.path, learned, qparams, t.lead, observed=False, strength=strength)
     seen = at(state.observed, t.path)
     qparams = ranges.input_qparams(seen["lowest"], seen["highest"], activations.spec, t.scale_dtype)
     if settings.observer.start:
@@ -213,12 +216,12 @@ def _static(t: Taken, activations: ActivationSpec, settings: _Settings, state: Q
         strength = begun if strength is None else begun * strength
     own = dataclasses.replace(activations, static=False)
 
-    def observed(rows, of_product):
+    def observed(rows, of_product, strength):
         qparams, unseen = of_product  # as experts are that have had no token yet
         rounded = jnp.where(unseen, round_input(rows, None, own), round_input(rows, qparams, activations))
         return mixed(rows, rounded, strength)
 
-    return Rounding(t.path, observed, (qparams, seen["seen"] == 0), t.lead, observed=True)
+    return Rounding(t.path, observed, (qparams, seen["seen"] == 0), t.lead, observed=True, strength=strength)
 
 
 def _interpreted(program: Program, leaves: dict[str, Any], roundings: dict[str, Rounding]):

@@ -94,18 +94,19 @@ def train_step(
       fn: from `fake_quantized`; called with (params, batch).
       loss: `loss(result, batch, *others) -> []`.
       optimizer: from `qat_optimizer`.
-      dampening: the share, 0 to 1, of its distance from what its code stands for that a rounded weight goes back after
-        a step, or an optax schedule of it; a weight whose code has just changed goes all of it. In trainings of many
-        hundred steps it keeps weights from going back and forth between two codes (Nagel et al. 2022,
-        arXiv:2203.08086). A few thousandths, falling as the learning rate does, are a good start. None: no weight is
-        moved but by its gradient. It begins where a `Schedule` ends.
+      dampening: after each step, every rounded weight that has moved goes this share, 0 to 1, of the way to the value
+        that its code stands for; one that has just changed its code goes all the way. It keeps weights from going back
+        and forth between two codes (Nagel et al. 2022, arXiv:2203.08086), without which trainings of more than some
+        hundred steps gain little. Or an optax schedule of it: a few thousandths, falling as the learning rate does, are
+        a good start. It is for learned ranges (`jq.LSQ`) and weights in float32, and begins where the ranges are
+        settled: at the end of a `Schedule`, after the `start` of a `MovingAverage`. None: no weight is moved so.
 
     Returns:
       `step(state, batch, *others) -> (state, Metrics)`, which uses the memory of its state. Others are any pytrees that
       the loss reads, such as the parameters of a teacher.
 
     Raises:
-      ValueError: `dampening` is a number and not within 0 and 1.
+      ValueError: `dampening` is a number and not within 0 and 1; in the first step, a range is not learned.
     """
     if not callable(dampening) and not 0 <= (dampening or 0) <= 1:
         raise ValueError(f"dampening={dampening!r} is a share of a distance; give 0 to 1, such as 0.005")
@@ -120,9 +121,9 @@ def train_step(
         (value, qat), gradient = jax.value_and_grad(objective, has_aux=True)(trained, state.qat, batch, others)
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
         trained = optax.apply_updates(trained, updates)
+        bad = _not_finite_in(gradient), _not_finite_in(trained)  # dampening would give them codes
         if dampening is not None:
             trained |= {"params": _dampened(dampening, state, trained)}
-        bad = _not_finite_in(gradient), _not_finite_in(trained)
         finite = jnp.isfinite(value) & jnp.all(jnp.stack(bad) == 0)
         after = TrainState(trained["params"], dataclasses.replace(qat, ranges=trained["ranges"]), moments)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
