@@ -34,6 +34,13 @@ def few_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """Runs the tests of a module with standard dtype promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture
 def float64():
     """Runs a test with 64-bit types enabled."""

@@ -62,6 +62,11 @@ def put(tree, mesh, specs):
     return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)
 
 
+def placed_params(params, mesh, kind):
+    """The model's parameters: split where axes are automatic, on each device whole where they are explicit."""
+    return put(params, mesh, SPLIT if kind == AxisType.Auto else {k: P() for k in SPLIT})
+
+
 def split_qtensor(q, mesh, spec):
     """The QTensor on the mesh, its arrays split as the weight is; the scales of a split contracting axis are not."""
     return jax.tree.map(

@@ -10,7 +10,7 @@ import pytest
 from checks import assert_same
 from functions import normal
 from jax.sharding import AxisType
-from meshes import SPLIT, P, inputs, mesh_of, model, params_of, put
+from meshes import P, inputs, mesh_of, model, params_of, placed_params, put
 
 from jaxquant.methods.lsq import LSQ
 from jaxquant.methods.rtn import RTN
@@ -25,11 +25,7 @@ SPECS = {"up": QuantSpec(bits=4, group_size=4), "down": QuantSpec(bits=3, group_
 PARAMS = {"up": normal(16, 32, seed=2), "down": normal(32, 8, seed=3), "free": jnp.ones(8)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Optax needs it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax needs it
 
 
 def net(params, x):
@@ -139,8 +135,7 @@ def test_on_a_mesh(kind):
     mesh, params, x = mesh_of(kind), params_of(), inputs()
     want = result(params, x)
     with jax.set_mesh(mesh):
-        placed = put(params, mesh, SPLIT if kind == AxisType.Auto else {k: P() for k in SPLIT})
-        got = result(placed, put(x, mesh, P("data")))
+        got = result(placed_params(params, mesh, kind), put(x, mesh, P("data")))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.mean(~np.isclose(a, b, atol=1e-4)) < 0.01  # other sums put a few weights over a border
 

@@ -12,7 +12,7 @@ from checks import assert_same, axes_of, consumed, quantize_case
 from functions import CASES, normal
 from jax import lax
 from jax.sharding import AxisType
-from meshes import SPLIT, P, inputs, mesh_of, model, params_of, put
+from meshes import P, inputs, mesh_of, model, params_of, placed_params, put
 from programs import equations
 
 from jaxquant.methods.gptq import GPTQ
@@ -184,8 +184,7 @@ def test_on_a_mesh(kind):
     gradient = jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(run(p, x))))
     want = jax.jit(gradient)(params, x)
     with jax.set_mesh(mesh):
-        placed = put(params, mesh, SPLIT if kind == AxisType.Auto else {k: P() for k in SPLIT})
-        got = jax.jit(gradient)(placed, put(x, mesh, P("data")))
+        got = jax.jit(gradient)(placed_params(params, mesh, kind), put(x, mesh, P("data")))
     assert_same(got, want, 1e-4)
 
 
@@ -202,8 +201,7 @@ def test_a_schedule_on_a_mesh(kind, activations):
 
     want = second(params, x)
     with jax.set_mesh(mesh):
-        placed = put(params, mesh, SPLIT if kind == AxisType.Auto else {k: P() for k in SPLIT})
-        got = second(placed, put(x, mesh, P("data")))
+        got = second(placed_params(params, mesh, kind), put(x, mesh, P("data")))
     assert_same(got, want, 1e-4)
 
 

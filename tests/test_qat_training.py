@@ -24,12 +24,7 @@ from jaxquant.transforms.training.fake_quantized import fake_quantized
 from jaxquant.transforms.training.optimizer import qat_optimizer
 from jaxquant.transforms.training.steps import NotFinite, train, train_state, train_step
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Optax needs it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax needs it
 
 
 def net(params, x):

@@ -16,6 +16,7 @@ from meshes import (
     model,
     on_one_device,
     params_of,
+    placed_params,
     put,
     quantize_all,
     same_statistics,
@@ -37,7 +38,7 @@ from jaxquant.transforms.quantized import quantized
 def test_calibrate_under_a_mesh(kind):
     mesh, want = mesh_of(kind), on_one_device()
     with jax.set_mesh(mesh):
-        params = put(params_of(), mesh, SPLIT if kind == AxisType.Auto else {k: P() for k in SPLIT})
+        params = placed_params(params_of(), mesh, kind)
         batches = [put(x, mesh, P("data")) for x in (inputs(), inputs(8, 1))]
         same_statistics(calibrate(jax.jit(model), params, batches), want)
 

@@ -72,7 +72,7 @@ def _one(leaf: Any, t: Taken, state: QATState) -> QTensor:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized(t: Taken, w: jax.Array, own: dict, seen: dict) -> QTensor:
-    axes = {"contract": t.contract, "out": t.out, "in_shape": tuple(w.shape[a] for a in t.contract)}
+    axes = {"contract": t.contract, "out": t.out, "in_shape": t.in_shape}
     q = QTensor.from_codes(*ranges.coded(w, t, own), t.spec, dtype=w.dtype, **axes)
     return _with_inputs(q, t, own, seen) if t.spec.static_activations else q
 

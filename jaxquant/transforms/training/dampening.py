@@ -31,13 +31,14 @@ def dampened(before: Any, params: Any, state: QATState, share: jax.Array) -> Any
 
     Args:
       before, params: the parameters before and after a step.
-      state: after it.
+      state: before it, with the ranges after it; until the ranges are settled, the parameters stay as they are.
       share: float `[]`, the share of its distance that a weight goes; all of it, where its code is not that of before.
 
     Raises:
       ValueError: a weight has no learned ranges.
     """
     old, named = dict(named_leaves(before)), dict(named_leaves(params))
+    begun = state.step >= state.settled
     for t in state.weights:
         if not t.learned:
             raise ValueError(
@@ -46,11 +47,11 @@ def dampened(before: Any, params: Any, state: QATState, share: jax.Array) -> Any
             )
         w = named[t.path]
 
-        def run(w, old, own, share, t=t):
-            return jnp.where(w == old, w, _nearer(w, old, own, share, t))
+        def run(w, old, own, share, begun, t=t):
+            return jnp.where((w != old) & begun, _nearer(w, old, own, share, t), w)
 
         run = compat.compiler_sharded(run, w, jax.typeof(w).sharding.spec)
-        named[t.path] = run(w, old[t.path], at(state.ranges, t.path), share)
+        named[t.path] = run(w, old[t.path], at(state.ranges, t.path), share, begun)
     return jax.tree.unflatten(jax.tree.structure(params), list(named.values()))
 
 
@@ -58,7 +59,6 @@ def _nearer(w: jax.Array, old: jax.Array, own: dict, share: jax.Array, t: Taken)
     codes, scale, zero_point = coded(w, t, own)
     stays = codes == codes_of(old, t, scale, zero_point)  # with the same scales: those that have moved cross no border
     center = decode(codes, *per_code(scale, zero_point, codes.shape, len(t.out)), compute_dtype(w.dtype))
-    in_shape = tuple(w.shape[a] for a in t.contract)
-    stays, center = (from_canonical(a, t.contract, t.out, in_shape) for a in (stays, center))
+    stays, center = (from_canonical(a, t.contract, t.out, t.in_shape) for a in (stays, center))
     wide = w.astype(center.dtype)
     return jnp.where(stays, wide + share.astype(wide.dtype) * (center - wide), center).astype(w.dtype)

@@ -40,7 +40,7 @@ def round_weight(w: jax.Array, taken: Taken, ranges: Ranges, spec: QuantSpec) ->
     canonical = to_canonical(w, taken.contract, taken.out)
     scale, zero_point = learned_qparams(taken, ranges, spec)
     rounded = fake_quantize_to(canonical, *per_code(scale, zero_point, canonical.shape, len(taken.out)), spec)
-    return from_canonical(rounded, taken.contract, taken.out, tuple(w.shape[a] for a in taken.contract))
+    return from_canonical(rounded, taken.contract, taken.out, taken.in_shape)
 
 
 def coded(w: jax.Array, taken: Taken, ranges: Ranges) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -133,11 +133,9 @@ def train_step(
 
 
 def _dampened(dampening: float | Callable, state: TrainState, trained: dict[str, Any]) -> Any:
-    step, settled = state.qat.step, state.qat.settled
-    share = jnp.asarray(dampening(step) if callable(dampening) else dampening, jnp.float32)
+    share = jnp.asarray(dampening(state.qat.step) if callable(dampening) else dampening, jnp.float32)
     qat = dataclasses.replace(state.qat, ranges=trained["ranges"])
-    params = dampened(state.params, trained["params"], qat, share)
-    return jax.tree.map(lambda new, old: jnp.where(step >= settled, new, old), params, trained["params"])
+    return dampened(state.params, trained["params"], qat, share)
 
 
 def train(

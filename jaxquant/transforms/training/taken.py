@@ -61,7 +61,12 @@ class Taken:
     @property
     def channels(self) -> int:
         """Inputs of a matrix."""
-        return math.prod(self.shape[a] for a in self.contract)
+        return math.prod(self.in_shape)
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """The sizes of the axes that products contract."""
+        return tuple(self.shape[a] for a in self.contract)
 
     @property
     def learned(self) -> bool:
