@@ -7,9 +7,8 @@ there on, with learned ranges (LSQ) and dampening; no rounding is learned where 
 training is the divergence from the frozen float model, which knows no labels: the float model itself, trained so on the
 same tokens, stays what it is, so nothing is earned by going on with pretraining. Increase of the loss and divergence
 are measured on held-out text; `recovered` is the share of RTN's divergence that is gone, and `of GPTQ` that of what
-GPTQ leaves. Step times are medians of a step with rounded numbers and of one without, taken in turns. With a folder,
-what is quantized before training is kept there, and the state of the training: what was stopped goes on from them, also
-on another machine.
+GPTQ leaves. With a folder, what is quantized before training is kept there, and the state of the training: what was
+stopped goes on from them, also on another machine. `benchmarks/qat_step.py` times one step.
 """
 
 import argparse
@@ -43,12 +42,10 @@ RANGES = 0.01  # of that rate; at 1/4, the scales of 4-bit weights move all code
 EMBEDDING = 1 / 3  # of that rate; the embedding, which is the head too, stays in float
 DAMPENING = 0.006  # at the highest rate
 BATCH, LENGTH = 4, 512
-STEP = 8, 256  # the shape of as many tokens, for taking the time
 SHOWN = 20  # steps whose losses are one number
 KEPT = 120.0  # seconds from one state that is kept to the next
 CALIBRATION = 128, 512
 WINDOWS, CONTEXT = 64, 512
-TIMED = 5
 ROUNDING_STEPS, ROUNDING_RATE = 100, 5e-3
 
 
@@ -153,26 +150,6 @@ def rounded(model, params, stats: Callable[[], Any], samples, spec, work: Path |
     return found
 
 
-def step_times(model, params, tokens: np.ndarray) -> dict[str, float]:
-    """Median seconds of a gradient, in turns."""
-    functions = {"float": model.apply}
-    functions |= {name: jq.fake_quantized(model.apply, model.recipe(jq.RTN(spec))) for name, spec in SPECS.items()}
-
-    def loss(fn, params, tokens):
-        logits = jax.nn.log_softmax(fn(params, tokens[:, :-1]))
-        right = jnp.arange(logits.shape[-1]) == tokens[:, 1:, None]
-        return -jnp.mean(jnp.sum(jnp.where(right, logits, 0.0), -1))
-
-    steps = {name: jax.jit(jax.grad(functools.partial(loss, fn))) for name, fn in functions.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(TIMED + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(params, jnp.asarray(tokens)))
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(taken[1:])) for name, taken in times.items()}
-
-
 def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> dict:
     """Everything; what is done is written after each setting."""
     model, params = jq.load_pretrained("tinylm", dtype="float32")
@@ -183,9 +160,8 @@ def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> di
     held_out = text.corpus("held_out", WINDOWS * CONTEXT)
     stats = functools.cache(lambda: jq.calibrate(model.apply, params, workflows.batches(samples)))
     results: dict[str, dict] = {}
-    measured = {"steps": steps, "tokens": int(data.size), "results": results}
-    measured["seconds"] = step_times(model, params, data[0].reshape(STEP))
-    print(measured["seconds"], flush=True)
+    how = {"rates": {name: RATES[name] for name in settings}, "ranges": RANGES, "dampening": DAMPENING}
+    measured = {"steps": steps, "batch": data.shape[1:], **how, "results": results}
     for name in settings:
         own = None if work is None else work / name.replace(" ", "_")
         if own is not None:
@@ -217,9 +193,7 @@ def tables(measured: dict) -> str:
             loss, kl = found["loss_increase"], found["kl"]
             gone = f"{1 - kl.mean / worst:.0%} | {1 - kl.mean / other:.0%}"
             lines.append(f"| {name} | {method} | {loss.mean:.4f} ± {loss.stderr:.4f} | {kl.mean:.4f} | {gone} |")
-    base = measured["seconds"]["float"]
-    shown = ", ".join(f"{name} {taken:.3f} s ({taken / base:.2f}x)" for name, taken in measured["seconds"].items())
-    return "\n".join([*lines, "", f"One step of {STEP[0]} x {STEP[1]} tokens: {shown}"])
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -61,6 +61,34 @@ def dense_sum(qparams, adapters, alpha):
     return jq.dequantize_params(with_lora(qparams, adapters, alpha=alpha))
 
 
+def test_gradients_are_those_by_hand():
+    """In A, B and the inputs, of y = x Ŵ + α/r · x A B: x' = g Ŵᵀ + α/r · g Bᵀ Aᵀ, A' = α/r · xᵀ g Bᵀ and so on."""
+    rng = np.random.default_rng(5)
+    q, x, g = quantize(normal(16, 8), int4(group_size=8)), rng.normal(size=(5, 16)), rng.normal(size=(5, 8))
+    adapters = random(lora_init(jax.random.key(0), {"w": q}, rank=2))
+
+    def loss(adapters, x):
+        y = quantized(lambda p, x: x @ p["w"])(with_lora({"w": q}, adapters, alpha=6), x)
+        return jnp.sum(jnp.asarray(g, "float32") * y)
+
+    of_adapters, of_x = jax.grad(loss, (0, 1))(adapters, jnp.asarray(x, "float32"))
+    scale = np.repeat(np.asarray(q.scale, np.float64), 8, 0)
+    dense, a, b = scale * np.asarray(q.codes), *(np.asarray(adapters["w"][k], np.float64) for k in "ab")
+    np.testing.assert_allclose(of_x, g @ dense.T + 3 * g @ b.T @ a.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_adapters["w"]["a"], 3 * x.T @ g @ b.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_adapters["w"]["b"], 3 * (x @ a).T @ g, rtol=1e-4, atol=1e-4)
+
+
+def test_new_adapters_are_of_the_weights_that_match_and_can_learn():
+    qparams = {name: quantize(normal(64, 8), int4()) for name in ("up", "down")}
+    (name, new), *others = lora_init(jax.random.key(0), qparams, rank=4, weights="u.*", dtype="bfloat16").items()
+    assert (name, others) == ("up", [])
+    assert new["a"].dtype == new["b"].dtype == jnp.bfloat16
+    assert not np.any(new["b"])
+    spread = np.abs(np.asarray(new["a"], np.float32)).max() * 8  # drawn from ±1/√64; with A and B zero, none would move
+    assert 0.9 < spread <= 1
+
+
 def test_a_new_adapter_changes_nothing_and_inputs_are_not_rounded_for_it():
     q, x = quantize(normal(16, 8), int8(activations=ActivationSpec())), normal(5, 16)
     adapters = lora_init(jax.random.key(0), {"w": q}, rank=2)
@@ -124,6 +152,8 @@ def test_bad_adapters_are_refused():
     adapters = lora_init(jax.random.key(0), qparams, rank=2)
     with pytest.raises(ValueError, match="the adapter 'v' is of no quantized weight"):
         with_lora(qparams, {"v": adapters["w"]})
+    with pytest.raises(ValueError, match="the adapter 'w' has a; expected a and b"):
+        with_lora(qparams, {"w": {"a": adapters["w"]["a"]}})
     other = {"w": quantize(normal(32, 8), int4())}
     with pytest.raises(ValueError, match=r"the adapter 'w' is a\[16, 2\] b\[2, 8\]; expected a\[32, 2\] b\[2, 8\]"):
         with_lora(other, adapters)

@@ -66,6 +66,9 @@ def test_a_step_pulls_to_the_code_and_takes_up_a_new_one_in_the_middle():
         place, code, scale = in_codes(plain.params[path], ranges, spec)
         assert 0.1 < np.mean(code != old) < 0.9
         want = np.where(code == old, place + 0.25 * (code - place), code) * scale
+        still = np.asarray(plain.params[path] == PARAMS[path])  # far beyond the last code, where no gradient is
+        assert np.any(still) == (not spec.symmetric)
+        want = np.where(still, PARAMS[path], want)
         tie = np.any([np.abs(np.abs(a - np.round(a)) - 0.5) < 1e-4 for a in (before, place)], 0)  # to either side
         assert np.mean(tie) < 0.01
         np.testing.assert_allclose(np.asarray(found.params[path])[~tie], want[~tie], atol=1e-5)

@@ -139,6 +139,34 @@ def test_gradients_are_finite_differences_of_the_surrogate(symmetric, float64):
     np.testing.assert_allclose(got[1], finite_differences(lambda x: loss(w, x), x), rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_in_a_rematerialized_loop_are_finite_differences_of_the_surrogate(float64):
+    """Of stacked layers with rounded weights and inputs."""
+    rng = np.random.default_rng(2)
+    w0, x, g = rng.normal(size=(3, 6, 6)) / 2, rng.normal(size=(4, 6)), rng.normal(size=(4, 6))
+    spec = QuantSpec(bits=3, symmetric=False, activations=replace(INPUTS, bits=4))
+
+    def loss(w, inputs):
+        """Rounded as where each layer's inputs are given; appends those where they are not."""
+        h, given = x, list(inputs)
+        for i in range(3):
+            if len(inputs) <= i:
+                inputs.append(h)
+            h0 = given[i] if given else h
+            h = h + np.tanh(surrogate(h, h0, 4, False, 1) @ surrogate(w[i], w0[i], 3, False, 0))
+        return np.sum(g * h)
+
+    inputs: list = []
+    want = loss(w0, inputs)
+
+    def layers(w, x):
+        layer = jax.checkpoint(lambda h, w: (h + jnp.tanh(h @ w), None))
+        return jnp.sum(jnp.asarray(g) * lax.scan(layer, x, w)[0])
+
+    got = jax.value_and_grad(fake_quantized(layers, RTN(spec)))(jnp.asarray(w0), jnp.asarray(x))
+    np.testing.assert_allclose(got[0], want, rtol=1e-9)
+    np.testing.assert_allclose(got[1], finite_differences(lambda w: loss(w, inputs), w0), rtol=1e-4, atol=1e-6)
+
+
 def test_the_gradient_of_a_layer_written_by_hand(float64):
     """The largest weight of a column passes its own gradient, and gets that of the scale which it makes."""
     rng = np.random.default_rng(1)

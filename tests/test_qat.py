@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checks import assert_same
 from functions import CASES, normal
+from jax import lax
 from meshes import P, mesh_of
 
 import jaxquant as jq
@@ -67,10 +68,10 @@ HF = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
@@ -81,15 +82,23 @@ HF = {
 }
 
 
-@pytest.mark.parametrize("label", ["lsq", "rtn, static"])
+FORMATS = {  # all but bitsandbytes, whose readers round inputs in another way than any training here
+    "lsq": (LSQ(int4(group_size=16, scale_dtype="float16")), ("jaxquant", "compressed-tensors", "orbax", "gptq")),
+    "rtn, static": (RECIPES["rtn, static"], ("jaxquant", "compressed-tensors", "orbax")),
+    "lsq, zero points": (LSQ(int4(symmetric=False, scale_dtype="float16")), ("gptq", "awq")),
+}
+
+
+@pytest.mark.parametrize("label", FORMATS)
 def test_a_converted_model_is_saved_in_every_format(label, tmp_path):
+    config, formats = FORMATS[label]
     model = jq.Model.from_hf(HF)
-    params, recipe = model.init(jax.random.key(0)), model.recipe(RECIPES[label])
+    params, recipe = model.init(jax.random.key(0)), model.recipe(config)
     tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
     run = fake_quantized(model.apply, recipe)
     want, state = run.apply(params, run.init(params, tokens), tokens)
     qparams = convert(params, dataclasses.replace(state, observed=run.init(params, tokens).observed), recipe)
-    for kind in ("jaxquant", "compressed-tensors"):
+    for kind in formats:
         jq.save(tmp_path / kind, model, qparams, format=kind)
         again, loaded = jq.load_pretrained(tmp_path / kind)
         assert_same(again.apply(loaded, tokens), want)
@@ -154,6 +163,53 @@ def test_a_learned_scale_that_comes_next_to_zero_keeps_gradients_finite(scale, s
     assert np.all(np.isfinite(found[1].ranges["w"]["scale"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "shape", "count"),
+    [
+        ({"group_size": 3}, (2, 2, 1, 5), 3),
+        ({}, (2, 1, 1, 5), 6),
+        ({"granularity": "per_tensor"}, (2, 1, 1, 1), 30),
+    ],
+    ids=["groups", "channels", "tensor"],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_of_shared_ranges_of_stacked_layers(options, shape, count, symmetric, float64):
+    rng = np.random.default_rng(4)
+    w, x, g = rng.normal(size=(2, 6, 5)), rng.normal(size=(2, 4, 6)), rng.normal(size=(2, 4, 5))
+    stacked = lambda p, x: lax.scan(lambda _, wx: (None, wx[1] @ wx[0]), None, (p["w"], x))[1]  # noqa: E731
+    run = fake_quantized(stacked, LSQ(QuantSpec(bits=3, symmetric=symmetric, **options)))
+    state = run.init({"w": jnp.asarray(w)}, jnp.asarray(x))
+    ranges = {"w": {k: a * (0.6 if k == "scale" else 1) for k, a in state.ranges["w"].items()}}
+
+    def loss(ranges):
+        y, _ = run.apply({"w": jnp.asarray(w)}, dataclasses.replace(state, ranges=ranges), jnp.asarray(x))
+        return jnp.sum(jnp.asarray(g) * y)
+
+    got = jax.grad(loss)(ranges)["w"]
+    own = {k: np.asarray(a).reshape(shape) for k, a in ranges["w"].items()}
+    by_group = lambda a: a.reshape(2, shape[1], -1, 5)  # noqa: E731
+    cotangent = by_group(np.swapaxes(x, 1, 2) @ g)
+    found = lsq_by_hand(by_group(w), own["scale"], own.get("zero_point", 0), 3, cotangent, count)
+    shared = (2,) if shape[-1] == 5 else (1, 2, 3)
+    for name, want in zip(("scale", "zero_point"), found[2:], strict=True):
+        if name in got:
+            np.testing.assert_allclose(got[name].ravel(), want.sum(shared).ravel(), rtol=1e-9)
+
+
+def of_least_squares(w):
+    """Of ranges between the extremes of each column, whole and smaller: the best scale and zero point of 4 bits."""
+    low, high = np.minimum(w.min(0), 0), np.maximum(w.max(0), 0)
+    tried = []
+    for share in 1 - np.arange(32) * 0.6 / 32:
+        scale = share * (high - low) / 15
+        zero = np.clip(np.round(-8 - share * low / scale), -8, 7)
+        codes = np.clip(np.round(w / scale) + zero, -8, 7)
+        tried.append((np.sum(((codes - zero) * scale - w) ** 2, 0), scale, zero))
+    errors, scales, zeros = (np.stack(a) for a in zip(*tried, strict=True))
+    best = errors.argmin(0), np.arange(w.shape[1])
+    return scales[best], zeros[best]
+
+
 def test_ranges_start_where_the_papers_say():
     w, x = normal(16, 4), normal(5, 3, 16)
     product = lambda p, x: x @ p["w"]  # noqa: E731
@@ -162,12 +218,18 @@ def test_ranges_start_where_the_papers_say():
     mean = np.abs(np.asarray(w)).reshape(2, 8, 4).mean(1)
     np.testing.assert_allclose(ranges["scale"], 2 * mean / np.sqrt(7), rtol=1e-6)
     np.testing.assert_allclose(LSQ(spec).quantize(w)[0].scale, ranges["scale"], rtol=1e-6)
-    np.testing.assert_allclose(
-        ranges["input_scale"], 2 * np.abs(x).mean() / np.sqrt(127), rtol=0.1
-    )  # some are held out
+    flat = jnp.where(x > 0, 0.7, -0.7)  # whichever tokens are held out, the mean is this
+    ranges = fake_quantized(product, LSQ(spec)).init({"w": w}, flat).ranges["w"]
+    np.testing.assert_allclose(ranges["input_scale"], 2 * 0.7 / np.sqrt(127), rtol=1e-5)
+    tensor = QuantSpec(bits=4, granularity="per_tensor")
+    scale = fake_quantized(product, LSQ(tensor)).init({"w": w}, x).ranges["w"]["scale"]
+    np.testing.assert_allclose(scale, [[2 * np.abs(w).mean() / np.sqrt(7)]], rtol=1e-5)
     spec = int4(symmetric=False, activations=ZERO)
     ranges = fake_quantized(product, LSQ(spec)).init({"w": w}, x).ranges["w"]
-    np.testing.assert_allclose(ranges["scale"], (w.max(0) - w.min(0))[None] / 15, rtol=1e-6)
+    scale, zero = of_least_squares(np.asarray(w, np.float64))
+    assert np.any(scale < 0.99 * (w.max(0) - w.min(0)) / 15)
+    np.testing.assert_allclose(ranges["scale"], scale[None], rtol=1e-5)
+    np.testing.assert_array_equal(ranges["zero_point"], zero[None])
     np.testing.assert_allclose(ranges["input_scale"], (x.max() - x.min()) / 255, rtol=1e-6)
     np.testing.assert_allclose(ranges["input_zero_point"], np.round(-128 - x.min() / ranges["input_scale"]))
 
@@ -231,13 +293,18 @@ def test_bits_fall_step_by_step(symmetric):
     spec, w, x = QuantSpec(bits=3, symmetric=symmetric), {"w": normal(16, 8)}, normal(5, 16)
     run, learned = (fake_quantized(product, make(spec), schedule=schedule) for make in (RTN, LSQ))
     state, other = run.init(w, x), learned.init(w, x)
+    own = {k: np.asarray(a) for k, a in other.ranges["w"].items()}
     for bits in (8, 4, 3, 3):
         y, state = run.apply(w, state, x)
         want = x @ fake_quantize(w["w"], dataclasses.replace(spec, bits=bits))
         np.testing.assert_allclose(y, want, atol=1e-5, err_msg=f"{bits} bits")
         y, other = learned.apply(w, other, x)
-        if not symmetric:  # its range is that of the extremes, whatever the bits
-            np.testing.assert_allclose(y, want, atol=0.2 if bits > 3 else 1e-5)
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        finer = (high - low) / 7  # the learned range stays, and more codes divide it
+        zero = 0 if symmetric else np.round(low + (own["zero_point"] + 4) * finer)
+        codes = np.clip(np.round(np.asarray(w["w"]) / (own["scale"] / finer)) + zero, low, high)
+        want = np.asarray(x) @ ((codes - zero) * own["scale"] / finer)
+        np.testing.assert_allclose(y, want, atol=1e-4, err_msg=f"{bits} bits, learned")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -2,14 +2,16 @@
 
 Esser et al. 2020, "Learned Step Size Quantization" (arXiv:1902.08153), and Bhalgat et al. 2020, "LSQ+" (arXiv:
 2004.09576), which adds zero points. The scale s of N numbers that share it is a parameter. It starts at 2⟨|x|⟩/√Q with
-Q the largest code, where ⟨⟩ is the mean over those N; where there is a zero point, both start at the extremes, LSQ+'s
-(x_max − x_min)/(Q − P). Its gradient is multiplied by 1/√(N·Q), so that a step changes it by about as much, for its
-size, as it changes the weights; so is that of a zero point. Here N counts the numbers that really share a scale, those
-of a channel or a group, which in the papers are those of a layer.
+Q the largest code, where ⟨⟩ is the mean over those N; where there is a zero point, both start where they leave the
+least squared error, as in LSQ+ (of the ranges that `numerics.scale_search` tries). Its gradient is multiplied by
+1/√(N·Q), so that a step changes it by about as much, for its size, as it changes the weights; so is that of a zero
+point. For a weight, N counts the numbers that really share a scale, those of a channel or a group, which in the papers
+are those of a layer; for inputs it is the number of channels.
 
-Two things differ. The gradient passes as far as half a step beyond the codes, not only as far as the codes, see
+Three things differ. The gradient passes as far as half a step beyond the codes, not only as far as the codes, see
 `numerics.affine.fake_quantize_to`. LSQ+ trains an offset β = −Z·s; here that is the zero point Z, rounded with
-derivative 1, because a QTensor keeps whole numbers.
+derivative 1, because a QTensor keeps whole numbers. And inputs with a zero point start from their extremes,
+(x_max − x_min)/(Q − P), because no batch of them is kept to search in.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxquant.numerics.affine import Qparams, choose_qparams, encode, per_code
 from jaxquant.numerics.qtensor import QTensor
+from jaxquant.numerics.scale_search import find_qparams
 from jaxquant.numerics.spec import QuantSpec, check_weight_spec, compute_dtype
 from jaxquant.numerics.statistics import InputStatistics
 
@@ -47,7 +50,7 @@ class LSQ:
         return False
 
     def quantize(self, w: jax.Array, stats: InputStatistics | None = None) -> tuple[QTensor, dict[str, jax.Array]]:
-        """Quantizes a weight `[in, out]`; returns the QTensor and no facts."""
+        """Quantizes a weight, float `[in, out]`; returns the QTensor, of its dtype, and no facts."""
         del stats
         scale, zero_point = initial_qparams(w, self.spec)
         codes = encode(w, *per_code(scale, zero_point, w.shape, 1), self.spec)
@@ -56,10 +59,11 @@ class LSQ:
 
 def initial_qparams(w: jax.Array, spec: QuantSpec) -> Qparams:
     """Where scales and zero points start, for a weight `[K, N]`; shapes and dtypes as `affine.choose_qparams`."""
-    scale, zero_point = choose_qparams(w, spec)
+    wide = w.astype(compute_dtype(w.dtype))
     if not spec.symmetric:
-        return scale, zero_point
-    wide = jnp.abs(w.astype(compute_dtype(w.dtype)))
+        return find_qparams(wide, dataclasses.replace(spec, scale_dtype=spec.scale_dtype or w.dtype.name), "mse", None)
+    scale, _ = choose_qparams(w, spec)
+    wide = jnp.abs(wide)
     if spec.granularity == "per_tensor":
         mean = jnp.mean(wide, keepdims=True)
     else:

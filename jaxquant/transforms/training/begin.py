@@ -28,6 +28,9 @@ def start_from(state: TrainState, qparams: Any) -> TrainState:
       state: from `train_state`, for a recipe of `jq.LSQ(spec)`; it is used up by the next step, as the result is.
       qparams: from `quantize_params`, for the same parameters and specs.
 
+    Returns:
+      The state to begin with, of the same shapes and dtypes.
+
     Raises:
       ValueError: a step has been taken, or a weight that is trained has no learned ranges, or is none in `qparams`
         that those can stand for.

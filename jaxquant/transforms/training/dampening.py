@@ -8,7 +8,8 @@ noise outweighs what is learned.
 Two things keep them from it. After each step a weight is pulled towards its code, so that only a gradient with a
 lasting direction takes it to the border. (In the paper the pull is a term of the loss; here it stands beside the
 optimizer, as decoupled weight decay does, and weights beyond the last code are pulled too.) And a weight that has
-crossed a border goes on to the middle of its new code at once, half a step away from it: hysteresis.
+crossed a border goes on to the middle of its new code at once, half a step away from it: hysteresis. (The paper freezes
+weights that have gone back and forth too often.)
 """
 
 from typing import Any

@@ -17,6 +17,9 @@ def distillation_loss(
       mask: bool `[...]`, True for tokens that count; None counts all.
       temperature: positive; both distributions are softened by it.
 
+    Returns:
+      Float `[]`, of the dtype of the logits.
+
     Raises:
       ValueError: the shapes differ, or the temperature is not positive.
     """

@@ -106,12 +106,22 @@ class FakeQuantized:
 
         Returns:
           `(result, state)`: the state has seen one step more, and follows the inputs seen.
+
+        Raises:
+          ValueError: the state is of another recipe or of other parameters.
         """
         arrays, rest = Static.split((inputs, options))
         return self._compiled(params, state, arrays, rest)
 
     def init(self, params, *inputs, **options) -> QATState:
-        """The state before the first step; ranges of inputs start from those of one batch."""
+        """The state before the first step; ranges of inputs start from those of one batch.
+
+        Args:
+          params, inputs, options: as for `fn`.
+
+        Raises:
+          ValueError: a rule of the recipe takes nothing, or a config cannot be trained.
+        """
         arrays, rest = Static.split((inputs, options))
         return _init(self._fn, self._settings, rest)(params, arrays)
 

@@ -21,7 +21,7 @@ from jaxquant.transforms.training.state import nested
 def lora_init(
     key: jax.Array, qparams: Any, *, rank: int = 8, weights: str = ".*", dtype: Any = "float32"
 ) -> dict[str, Any]:
-    """Adapters that change nothing yet: A is random, B is zero.
+    """Adapters that change nothing yet: B is zero, and A is drawn evenly from ±1/√K, as PEFT does.
 
     Args:
       key: of `jax.random`.
@@ -69,8 +69,11 @@ def with_lora(qparams: Any, adapters: dict[str, Any], *, alpha: float | None = N
       adapters: from there.
       alpha: α; None is r, and leaves A B as it is.
 
+    Returns:
+      The tree, with A and α/r · B beside the codes of each QTensor that has an adapter.
+
     Raises:
-      ValueError: there is no quantized weight where an adapter is, or its shape is another one.
+      ValueError: there is no quantized weight where an adapter is, or it is no pair of A and B of that weight's shape.
     """
     named = dict(named_leaves(qparams, is_qtensor))
     found = {path.rpartition("/")[0] for path, _ in named_leaves(adapters)}
@@ -85,6 +88,8 @@ def with_lora(qparams: Any, adapters: dict[str, Any], *, alpha: float | None = N
 def _joined(path: str, q: QTensor, adapters: dict[str, Any], alpha: float | None) -> QTensor:
     for part in path.split("/"):
         adapters = adapters[part]
+    if set(adapters) != {"a", "b"}:
+        raise ValueError(f"the adapter '{path}' has {', '.join(adapters)}; expected a and b, as lora_init makes them")
     a, b = adapters["a"], adapters["b"]
     (lead, out), rank, size = _outer(q), a.shape[-1], math.prod(q.in_shape)
     if a.shape != (*lead, size, rank) or b.shape != (*lead, rank, *out):

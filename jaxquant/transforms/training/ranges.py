@@ -77,7 +77,7 @@ def learned_qparams(taken: Taken, ranges: Ranges, spec: QuantSpec) -> Qparams:
     if own.symmetric:
         return scale, None
     zero = _slowed(ranges["zero_point"], share)
-    return scale, jnp.clip(zero if fixed else low + (zero - own.min_code) / wider, low, high)
+    return scale, _within(zero if fixed else low + (zero - own.min_code) / wider, low, high)
 
 
 def _scale(scale: jax.Array, share: float, taken: Taken) -> jax.Array:
@@ -89,6 +89,12 @@ def _scale(scale: jax.Array, share: float, taken: Taken) -> jax.Array:
 def _slowed(x: jax.Array, share: float) -> jax.Array:
     """x, with `share` of its gradient."""
     return lax.stop_gradient(x) + share * (x - lax.stop_gradient(x))
+
+
+def _within(zero: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """Zero points within the codes. Where a range ends at zero they begin at the last of those, and can come back."""
+    passed = jnp.clip(zero, low - 0.5, high + 0.5)
+    return lax.stop_gradient(jnp.clip(zero, low, high) - passed) + passed
 
 
 def initial_ranges(w: jax.Array, taken: Taken) -> dict[str, jax.Array]:
@@ -131,7 +137,7 @@ def learned_input_qparams(taken: Taken, ranges: Ranges) -> Qparams:
     scale = _scale(ranges["input_scale"], share, taken)
     limits = code_limits(spec, scale.dtype)
     scale = scale.astype(taken.scale_dtype)
-    return scale, None if spec.symmetric else jnp.clip(_slowed(ranges["input_zero_point"], share), *limits)
+    return scale, None if spec.symmetric else _within(_slowed(ranges["input_zero_point"], share), *limits)
 
 
 def _activations(taken: Taken) -> ActivationSpec:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxquant.numerics.affine import code_limits, dequantize, per_code
@@ -66,8 +67,9 @@ def reconstruct(
       `(blocks, errors)`: the quantized blocks with learned codes and scales, and their errors.
 
     Raises:
-      ValueError: no block, blocks that do not fit each other, one batch only, or a QTensor with rounded inputs,
-        outliers or adapters.
+      ValueError: no block, other numbers of blocks, one batch only, no step, a QTensor of another shape than its
+        weight, or one with rounded inputs, outliers, channels in another order, adapters, or a layout of a platform's
+        kernels.
     """
     if not blocks or len(blocks) != len(quantized_blocks):
         raise ValueError(
@@ -75,8 +77,10 @@ def reconstruct(
         )
     if inputs.shape[0] < 2:
         raise ValueError(f"inputs{list(inputs.shape)} are one batch; give two or more, the last of which is held out")
-    for q in quantized_blocks:
-        _check(q)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"steps={steps!r} must be a whole number, 1 or more")
+    for params, q in zip(blocks, quantized_blocks, strict=True):
+        _check(params, q)
     run = jax.jit(partial(_learn, fn, steps, rate), compiler_options=compat.COMPILER_OPTIONS)
     through = jax.jit(lambda params, x: lax.map(partial(fn, params), x))
     dense = jax.jit(dequantize_params)
@@ -91,13 +95,20 @@ def reconstruct(
     return results, errors
 
 
-def _check(tree: Any) -> None:
-    for path, q in named_leaves(tree, is_qtensor):
-        if is_qtensor(q) and (q.spec.activations is not None or q.adapter_in is not None or q.prepared is not None):
-            raise ValueError(
-                f"'{path}' has rounded inputs, adapters or a layout of a platform's kernels; rounding is learned "
-                "before those, and with rounded inputs by fake_quantized"
-            )
+def _check(params: Any, quantized: Any) -> None:
+    dense = dict(named_leaves(params))
+    for path, q in named_leaves(quantized, is_qtensor):
+        if path not in dense or np.shape(dense[path]) != q.shape:
+            there = "none" if path not in dense else list(np.shape(dense[path]))
+            raise ValueError(f"'{path}' is quantized with shape {list(q.shape)}, and in float it is {there}")
+        if not is_qtensor(q):
+            continue
+        if q.spec.activations is not None:
+            raise ValueError(f"'{path}' has rounded inputs; train it with fake_quantized and start_from")
+        more = ("outlier_index", "input_order", "adapter_in", "prepared")
+        found = [name for name in more if getattr(q, name) is not None]
+        if found:
+            raise ValueError(f"'{path}' has {', '.join(found)}; learn its rounding before that, from jq.GPTQ(spec)")
 
 
 def _learn(fn: Callable, steps: int, rate: float, params: Any, q: Any, inputs: jax.Array, targets: Any):
@@ -120,7 +131,7 @@ def _learn(fn: Callable, steps: int, rate: float, params: Any, q: Any, inputs: j
 
     def step(learned, t):
         size = rate * (1 - t / steps)
-        gradient = jax.grad(loss)(learned, lax.rem(t, last))
+        gradient = jax.grad(loss)(learned, t % last)
         return jax.tree.map(lambda a, g: a - size.astype(a.dtype) * jnp.sign(g), learned, gradient), None
 
     learned, _ = lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))

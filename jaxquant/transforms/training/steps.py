@@ -36,7 +36,7 @@ class Metrics(NamedTuple):
     """What came out of one step.
 
     Attributes:
-      loss: `[]`, before the step.
+      loss: float `[]`, before the step.
       gradient, update: int32, of each leaf of `{"params", "ranges"}` in order, how many entries of its gradient, and of
         what it would become, are not finite.
       finite: bool `[]`, whether the loss and all of those are; if not, the state is the one before.
@@ -71,6 +71,12 @@ def train_state(
       params: its parameters.
       optimizer: from `qat_optimizer`.
       inputs, options: one batch, as for `fn`.
+
+    Returns:
+      A `TrainState`, whose arrays have the shapes and dtypes of the parameters.
+
+    Raises:
+      ValueError: a rule of the recipe takes nothing, or a rate of the optimizer is for what is not there.
     """
     params = jax.tree.map(jnp.array, params)
     qat = fn.init(params, *inputs, **options)
@@ -95,11 +101,12 @@ def train_step(
       loss: `loss(result, batch, *others) -> []`.
       optimizer: from `qat_optimizer`.
       dampening: after each step, every rounded weight that has moved goes this share, 0 to 1, of the way to the value
-        that its code stands for; one that has just changed its code goes all the way. It keeps weights from going back
-        and forth between two codes (Nagel et al. 2022, arXiv:2203.08086), without which trainings of more than some
-        hundred steps gain little. Or an optax schedule of it: a few thousandths, falling as the learning rate does, are
-        a good start. It is for learned ranges (`jq.LSQ`) and weights in float32, and begins where the ranges are
-        settled: at the end of a `Schedule`, after the `start` of a `MovingAverage`. None: no weight is moved so.
+        that its code stands for (after Nagel et al. 2022, arXiv:2203.08086); one that has just changed its code goes
+        all the way (which is not the paper's). It keeps weights from going back and forth between two codes; without
+        it, trainings of more than some hundred steps gain little. Or an optax schedule of it: a few thousandths,
+        falling as the learning rate does, are a good start. It is for learned ranges (`jq.LSQ`), and for weights in
+        float32 (in half precision so small a share is lost in rounding), and begins at the end of a `Schedule`. None:
+        no weight is moved so.
 
     Returns:
       `step(state, batch, *others) -> (state, Metrics)`, which uses the memory of its state. Others are any pytrees that
@@ -153,6 +160,9 @@ def train(
       batches: what `step` takes.
       others: the same for every step.
       watch: called with the state and the loss after each step, for example to save it.
+
+    Returns:
+      The state after the last batch.
 
     Raises:
       NotFinite: a loss or a gradient is not finite; it says where, and has the last good state.
