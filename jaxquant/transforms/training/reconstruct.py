@@ -98,11 +98,11 @@ def reconstruct(
 def _check(params: Any, quantized: Any) -> None:
     dense = dict(named_leaves(params))
     for path, q in named_leaves(quantized, is_qtensor):
+        if not is_qtensor(q):
+            continue
         if path not in dense or np.shape(dense[path]) != q.shape:
             there = "none" if path not in dense else list(np.shape(dense[path]))
             raise ValueError(f"'{path}' is quantized with shape {list(q.shape)}, and in float it is {there}")
-        if not is_qtensor(q):
-            continue
         if q.spec.activations is not None:
             raise ValueError(f"'{path}' has rounded inputs; train it with fake_quantized and start_from")
         more = ("outlier_index", "input_order", "adapter_in", "prepared")
