@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qat
-from settings import LEARNED, SPECS, TOKENS, TRAINED, checkpoint
+from settings import LEARNED, SPECS, TOKENS, TRAINED, checkpoint, model_to_train
 
 import jaxquant as jq
 from jaxquant.numerics.qtensor import is_qtensor
@@ -95,8 +95,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16384, help=f"of {LENGTH} tokens (default: %(default)s)")
     args = parser.parse_args()
     print(environment.line(), flush=True)
-    model, params = jq.load_pretrained("tinylm", dtype="float32")
-    params = cast(params, "float32")
+    model, params = model_to_train()
     samples = np.load(args.work / TOKENS)
     text = own_text(model, params, samples, args.sequences, args.work / "own_text.npy")
     for name in args.settings:

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import rounding
-from settings import REFINED
+from settings import REFINED, model_to_train
 
 import jaxquant as jq
 from jaxquant import workflows
@@ -153,8 +153,7 @@ def rounded(model, params, stats: Callable[[], Any], samples, spec, work: Path |
 
 def measure(steps: int, settings: list[str], out: Path, work: Path | None) -> dict:
     """Everything; what is done is written after each setting."""
-    model, params = jq.load_pretrained("tinylm", dtype="float32")
-    params = jax.tree.map(lambda a: a.astype("float32"), params)  # they are stored in half of that
+    model, params = model_to_train()
     text = workflows.TextSource("tinylm")
     data = batches(text, steps)
     samples = workflows.calibration_samples(model, text, None, *CALIBRATION).tokens

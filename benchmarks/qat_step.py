@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from qat import DAMPENING, RANGES, SPECS
+from settings import model_to_train
 
 import jaxquant as jq
 
@@ -57,8 +58,7 @@ def steps_and_states(model, params, tokens) -> dict[str, tuple[Callable, object]
 
 
 def measure() -> dict[str, float]:
-    model, params = jq.load_pretrained("tinylm", dtype="float32")
-    params = jax.tree.map(lambda a: a.astype("float32"), params)
+    model, params = model_to_train()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, SHAPE), jnp.int32)
     running = steps_and_states(model, params, tokens)
     times: dict[str, list[float]] = {name: [] for name in running}

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+
 import jaxquant as jq
 
 SPECS = {
@@ -14,6 +16,12 @@ REFINED = {"clip": "diagonal", "refine": 6}  # what the tables call refined GPTQ
 TOKENS = "tokens.npy"  # for calibration
 LEARNED = "jaxquant, learned rounding"
 TRAINED = "jaxquant, trained on own text"
+
+
+def model_to_train():
+    """The packaged model and its parameters in float32; they are stored in half of that."""
+    model, params = jq.load_pretrained("tinylm", dtype="float32")
+    return model, jax.tree.map(lambda a: a.astype("float32"), params)
 
 
 def checkpoint(folder: Path, setting: str, what: str) -> Path:

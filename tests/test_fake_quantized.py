@@ -145,18 +145,16 @@ def test_gradients_in_a_rematerialized_loop_are_finite_differences_of_the_surrog
     w0, x, g = rng.normal(size=(3, 6, 6)) / 2, rng.normal(size=(4, 6)), rng.normal(size=(4, 6))
     spec = QuantSpec(bits=3, symmetric=False, activations=replace(INPUTS, bits=4))
 
-    def loss(w, inputs):
-        """Rounded as where each layer's inputs are given; appends those where they are not."""
-        h, given = x, list(inputs)
+    def by_hand(w, rounded_at=None):
+        """The loss and each layer's inputs, which are rounded as if they were those given, if any are."""
+        h, seen = x, []
         for i in range(3):
-            if len(inputs) <= i:
-                inputs.append(h)
-            h0 = given[i] if given else h
+            seen.append(h)
+            h0 = h if rounded_at is None else rounded_at[i]
             h = h + np.tanh(surrogate(h, h0, 4, False, 1) @ surrogate(w[i], w0[i], 3, False, 0))
-        return np.sum(g * h)
+        return np.sum(g * h), seen
 
-    inputs: list = []
-    want = loss(w0, inputs)
+    want, inputs = by_hand(w0)
 
     def layers(w, x):
         layer = jax.checkpoint(lambda h, w: (h + jnp.tanh(h @ w), None))
@@ -164,7 +162,7 @@ def test_gradients_in_a_rematerialized_loop_are_finite_differences_of_the_surrog
 
     got = jax.value_and_grad(fake_quantized(layers, RTN(spec)))(jnp.asarray(w0), jnp.asarray(x))
     np.testing.assert_allclose(got[0], want, rtol=1e-9)
-    np.testing.assert_allclose(got[1], finite_differences(lambda w: loss(w, inputs), w0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got[1], finite_differences(lambda w: by_hand(w, inputs)[0], w0), rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradient_of_a_layer_written_by_hand(float64):

@@ -47,7 +47,7 @@ from jaxquant.numerics.linalg import damped_udu
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.refine import refine
 from jaxquant.numerics.scale_search import Clip, check_clip, find_qparams
-from jaxquant.numerics.spec import QuantSpec, check_weight_spec
+from jaxquant.numerics.spec import QuantSpec, check_weight_spec, with_scale_dtype
 from jaxquant.numerics.statistics import InputStatistics
 
 TILE = 32  # rows whose errors stay in a core's cache while they are rounded one by one
@@ -133,7 +133,7 @@ def _gptq(config: GPTQ, bits, w: jax.Array, gram: jax.Array) -> tuple[QTensor, d
     k, block = w.shape[0], _block_rows(config)
     pad = (0, -k % block)  # rows of padding are channels that saw no input: nothing couples to them
     rows, gram = jnp.pad(w.astype(gram.dtype), (pad, (0, 0))), jnp.pad(gram, (pad, pad))
-    spec = dataclasses.replace(config.spec, scale_dtype=config.spec.scale_dtype or w.dtype.name)
+    spec = with_scale_dtype(config.spec, w.dtype)
     qparams = find_qparams(rows, spec, config.clip, gram)
     group = jnp.arange(rows.shape[0]) // (rows.shape[0] // qparams[0].shape[0])
     h, dead = _revive(gram)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxquant.numerics.affine import Qparams, choose_qparams, encode, per_code
 from jaxquant.numerics.qtensor import QTensor
 from jaxquant.numerics.scale_search import find_qparams
-from jaxquant.numerics.spec import QuantSpec, check_weight_spec, compute_dtype
+from jaxquant.numerics.spec import QuantSpec, check_weight_spec, compute_dtype, with_scale_dtype
 from jaxquant.numerics.statistics import InputStatistics
 
 
@@ -61,7 +61,7 @@ def initial_qparams(w: jax.Array, spec: QuantSpec) -> Qparams:
     """Where scales and zero points start, for a weight `[K, N]`; shapes and dtypes as `affine.choose_qparams`."""
     wide = w.astype(compute_dtype(w.dtype))
     if not spec.symmetric:
-        return find_qparams(wide, dataclasses.replace(spec, scale_dtype=spec.scale_dtype or w.dtype.name), "mse", None)
+        return find_qparams(wide, with_scale_dtype(spec, w.dtype), "mse", None)
     scale, _ = choose_qparams(w, spec)
     wide = jnp.abs(wide)
     if spec.granularity == "per_tensor":

@@ -262,6 +262,12 @@ def is_qtensor(leaf) -> bool:
     return isinstance(leaf, QTensor)
 
 
+def more_than_codes(q: QTensor) -> list[str]:
+    """Names of what a weight has, and needs, beside codes and scales, and of another layout of its codes."""
+    more = ("channel_scale", "outlier_index", "input_order", "adapter_in", "prepared")
+    return [name for name in more if getattr(q, name) is not None]
+
+
 def holds_qtensors(tree) -> bool:
     """Whether a leaf of a tree is a QTensor."""
     return any(map(is_qtensor, jax.tree.leaves(tree, is_leaf=is_qtensor)))

@@ -10,7 +10,6 @@ What is the best can be measured in three ways:
                                   channel, all of it)
 """
 
-import dataclasses
 from typing import Literal, get_args
 
 import jax
@@ -19,7 +18,7 @@ from jax import lax
 
 from jaxquant.numerics.affine import Qparams, choose_qparams, decode, encode, per_code
 from jaxquant.numerics.qtensor import QTensor
-from jaxquant.numerics.spec import QuantSpec, compute_dtype
+from jaxquant.numerics.spec import QuantSpec, compute_dtype, with_scale_dtype
 
 Clip = Literal["mse", "diagonal", "output"]
 
@@ -65,7 +64,7 @@ def find_qparams(w: jax.Array, spec: QuantSpec, clip: Clip | None, gram: jax.Arr
 def clipped(w: jax.Array, spec: QuantSpec, clip: Clip | None, gram: jax.Array | None) -> QTensor:
     """`w` `[K, N]` rounded to nearest, with the scales of `find_qparams`; computes in the dtype of `gram`, if given."""
     wide = w.astype(compute_dtype(w.dtype) if gram is None else gram.dtype)
-    full = dataclasses.replace(spec, scale_dtype=spec.scale_dtype or w.dtype.name)
+    full = with_scale_dtype(spec, w.dtype)
     scale, zero_point = find_qparams(wide, full, clip, gram)
     codes = encode(wide, *per_code(scale, zero_point, w.shape, 1), full)
     return QTensor.from_codes(codes, scale, zero_point, spec, dtype=w.dtype)

@@ -197,6 +197,11 @@ def check_weight_spec(spec: QuantSpec) -> None:
         raise ValueError("per_token is for activations; quantize weights per_group, per_channel or per_tensor")
 
 
+def with_scale_dtype(spec: QuantSpec, dtype) -> QuantSpec:
+    """The spec for a weight of a dtype, which its scales have unless the spec says otherwise."""
+    return dataclasses.replace(spec, scale_dtype=spec.scale_dtype or dtype.name)
+
+
 def compute_dtype(dtype):
     """The dtype in which arithmetic on arrays of `dtype` is done: float64 for float64, float32 for all else."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32

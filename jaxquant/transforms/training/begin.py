@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxquant.numerics.affine import per_code
 from jaxquant.numerics.layout import from_canonical, to_canonical
-from jaxquant.numerics.qtensor import QTensor, is_qtensor
+from jaxquant.numerics.qtensor import QTensor, is_qtensor, more_than_codes
 from jaxquant.numerics.spec import compute_dtype
 from jaxquant.transforms.tracing.interpreter import named_leaves
 from jaxquant.transforms.training.state import at, nested
@@ -59,9 +59,7 @@ def _checked(t: Taken, q: Any) -> QTensor:
         raise ValueError(f"qparams: '{t.path}' is trained with rounded numbers, and is not quantized there")
     if q.spec != t.spec or q.shape != t.shape or (q.contract, q.out) != (t.contract, t.out):
         raise ValueError(f"qparams: '{t.path}' is {q.spec} {list(q.shape)}, and is trained as {t.spec} {list(t.shape)}")
-    more = ("channel_scale", "outlier_index", "input_order", "adapter_in", "prepared")
-    found = [name for name in more if getattr(q, name) is not None]
-    if found:
+    if found := more_than_codes(q):
         raise ValueError(
             f"qparams: '{t.path}' has {', '.join(found)}, which ranges cannot stand for; use jq.GPTQ(spec)"
         )

@@ -28,7 +28,7 @@ from jax import lax
 
 from jaxquant.numerics.affine import code_limits, dequantize, per_code
 from jaxquant.numerics.layout import from_canonical, to_canonical
-from jaxquant.numerics.qtensor import QTensor, is_qtensor
+from jaxquant.numerics.qtensor import QTensor, is_qtensor, more_than_codes
 from jaxquant.numerics.spec import compute_dtype
 from jaxquant.transforms.dequantize import dequantize_params
 from jaxquant.transforms.tracing import compat
@@ -105,9 +105,7 @@ def _check(params: Any, quantized: Any) -> None:
             raise ValueError(f"'{path}' is quantized with shape {list(q.shape)}, and in float it is {there}")
         if q.spec.activations is not None:
             raise ValueError(f"'{path}' has rounded inputs; train it with fake_quantized and start_from")
-        more = ("outlier_index", "input_order", "adapter_in", "prepared")
-        found = [name for name in more if getattr(q, name) is not None]
-        if found:
+        if found := [name for name in more_than_codes(q) if name != "channel_scale"]:
             raise ValueError(f"'{path}' has {', '.join(found)}; learn its rounding before that, from jq.GPTQ(spec)")
 
 
